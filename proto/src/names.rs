@@ -15,7 +15,9 @@ pub enum NameError {
     #[error("{kind} name has {bytes} bytes, at most {NAME_BYTES_MAX} are allowed")]
     TooLong { kind: &'static str, bytes: usize },
     /// A character outside `[A-Za-z0-9._~-]`.
-    #[error("{kind} name has the forbidden character {character:?}; allowed are A-Z a-z 0-9 . _ ~ -")]
+    #[error(
+        "{kind} name has the forbidden character {character:?}; allowed are A-Z a-z 0-9 . _ ~ -"
+    )]
     Character { kind: &'static str, character: char },
     /// `.` or `..`.
     #[error("{kind} name must not be '.' or '..'")]

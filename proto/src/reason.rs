@@ -154,8 +154,8 @@ reasons! {
     PermissionDenied, "PERMISSION_DENIED", PermissionDenied, Never,
         "The principal may not do this.",
         "Ask for the permission that the message names.";
-    ShuttingDown, "SHUTTING_DOWN", Unavailable, Safe,
-        "The server is stopping.",
+    ShuttingDown, "SHUTTING_DOWN", Unavailable, SameSequence,
+        "The server is stopping; what was in flight is of unknown outcome.",
         "Reconnect, to another server where there is one.";
     DeadlineExceeded, "DEADLINE_EXCEEDED", DeadlineExceeded, SameSequence,
         "The request was not finished in time and may still take effect.",
@@ -173,9 +173,45 @@ impl Reason {
     }
 }
 
+/// The documentation page of all reasons, made from this enum.
+#[must_use]
+pub fn markdown() -> String {
+    let mut page = String::from(
+        "# Error reasons\n\n\
+         Every refused call carries a canonical gRPC code and `google.rpc.ErrorInfo{reason, domain = \"geminga.io\"}`.\n\
+         `geminga explain REASON` prints one of them. This page is made from the code; a test keeps it equal.\n\n\
+         | reason | gRPC code | retry | what it means | what to do |\n|---|---|---|---|---|\n",
+    );
+    for reason in Reason::ALL {
+        let retry = match reason.retry() {
+            Retry::Safe => "safe: nothing happened",
+            Retry::Never => "will be refused again",
+            Retry::SameSequence => "only under the same producer name and sequences",
+        };
+        page += &format!(
+            "| `{}` | {:?} | {retry} | {} | {} |\n",
+            reason.as_str(),
+            reason.code(),
+            reason.meaning(),
+            reason.advice()
+        );
+    }
+    page
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_documentation_page_is_made_from_this_enum() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reasons.md");
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(path, markdown()).expect("the page can be written");
+        }
+        let page = std::fs::read_to_string(path).expect("docs/reasons.md exists");
+        assert!(page == markdown(), "run: UPDATE_DOCS=1 cargo test -p geminga-proto");
+    }
 
     #[test]
     fn every_reason_parses_back() {

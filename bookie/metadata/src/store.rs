@@ -231,7 +231,8 @@ pub trait MetadataStore: Send + Sync + fmt::Debug + 'static {
     ///
     /// # Errors
     /// [`StoreError::Unavailable`], [`StoreError::Refused`] past the bound.
-    async fn get_many(&self, keys: &[Key]) -> Result<(Revision, Vec<Option<KeyValue>>), StoreError>;
+    async fn get_many(&self, keys: &[Key])
+    -> Result<(Revision, Vec<Option<KeyValue>>), StoreError>;
 
     /// Reads one page of a prefix.
     ///

@@ -1,1 +1,40 @@
-//! Under construction.
+//! A segment as one endless log: managed ledgers.
+//!
+//! Promise: what [`ManagedLedger::publish`] reports as stored is acknowledged by a quorum, has dense offsets, is stored once
+//! per producer and sequence (I11, I13), and is found again by whoever takes the segment over; what
+//! [`ManagedLedger::settle`] reports is durable (C3). A stale owner gets no acknowledgement any more (I10).
+//!
+//! Main path: [`segment`]'s owner task checks the chain ([`dedup`]), gives the offset, appends to the open ledger, and rolls
+//! it through list changes ([`change`]); [`takeover`] and [`load`] bring a segment back; `read.rs` serves readers beside it.
+//! The decisions are plain synchronous code: [`dedup`], [`cursor`], [`list`], `cursor_log.rs`.
+//! What it deliberately does not know: topics' names, subscriptions' names, consumers, gRPC.
+
+mod change;
+mod config;
+pub mod cursor;
+mod cursor_log;
+pub mod dedup;
+mod entry_cache;
+pub mod entry_header;
+mod error;
+mod factory;
+pub mod list;
+mod load;
+mod mark_delete;
+mod metrics;
+mod read;
+mod segment;
+mod takeover;
+#[cfg(test)]
+mod tests;
+mod types;
+
+pub use config::ManagedLedgerConfig;
+pub use error::{DeleteError, LoadError, ProducerError, PublishError, ReadError, SettleError};
+pub use factory::{ManagedLedgers, ManagedLedgersParts};
+pub use metrics::ManagedLedgerMetrics;
+pub use segment::ManagedLedger;
+pub use types::{
+    Claim, CursorView, Outcome, ProducerIdentity, ProducerOpen, ProducerOpened, PublishBatch,
+    Settlement, Start, Stats, Status, Stored, StoredBatch,
+};

@@ -7,6 +7,12 @@
 //! - Every future ends by the request's deadline, with `Unknown` at the latest. Nothing waits for ever.
 //! - Only `Absent` and `Fenced` are certain knowledge; `Unknown` is never turned into either.
 
+pub mod conformance;
+pub mod faulty;
+pub mod loopback;
+pub mod memory;
+pub mod scripted;
+
 use std::{fmt, sync::Arc};
 
 use futures::future::BoxFuture;

@@ -7,7 +7,16 @@
 //! - after a failed `write_all_at` or `sync` nothing is known about the file: the caller ends (D3);
 //! - a read may return other bytes than were written: the caller has checksums.
 
+pub mod conformance;
+mod faulty;
+mod memory;
+mod real;
+
 use std::{fmt, io, sync::Arc};
+
+pub use faulty::{Fault, Faults, FaultyDisk};
+pub use memory::{MemoryDisk, MemoryFile};
+pub use real::RealDisk;
 
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +32,7 @@ pub enum OpenMode {
 /// Room on the file system of a directory, bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
-    /// All of it.
+    /// What is in use and what is free for this process, together.
     pub total: u64,
     /// What this process may still write.
     pub free: u64,
@@ -46,7 +55,7 @@ pub trait Disk: Send + Sync + fmt::Debug + 'static {
     /// # Errors
     /// `NotFound`, or any I/O error.
     fn remove(&self, name: &str) -> io::Result<()>;
-    /// Names of all files, sorted.
+    /// Names of all files, sorted; those of locks ever taken are among them.
     ///
     /// # Errors
     /// Any I/O error.
@@ -72,6 +81,10 @@ pub trait Disk: Send + Sync + fmt::Debug + 'static {
 pub type DiskLock = Box<dyn Send + Sync>;
 
 /// An open file. Positions and lengths in bytes.
+#[expect(
+    clippy::len_without_is_empty,
+    reason = "a length that may fail is no length of a collection"
+)]
 pub trait DiskFile: Send + Sync + fmt::Debug + 'static {
     /// Reads up to `buffer.len()` bytes; fewer only at the end of the file.
     ///
@@ -102,3 +115,11 @@ pub trait DiskFile: Send + Sync + fmt::Debug + 'static {
 
 /// Shared handle to a directory.
 pub type SharedDisk = Arc<dyn Disk>;
+
+/// Refuses what is not a plain file name.
+fn check_name(name: &str) -> io::Result<()> {
+    if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a plain file name"));
+    }
+    Ok(())
+}

@@ -1,0 +1,425 @@
+//! The list value, typed: the one manifest of a segment, and the steps it may take (section 11).
+//!
+//! Each step is pure; the caller carries it out as one CAS with the ledgers it concerns (M1, M2, M4).
+
+use bytes::Bytes;
+use geminga_proto::{
+    ids::{Epoch, LedgerId, Offset},
+    storage::v1 as wire,
+};
+use prost::Message;
+
+const FORMAT: u32 = 1;
+/// The largest encoded list, bytes (section 11).
+pub const LIST_BYTES_MAX: usize = 256 * 1024;
+/// Of it, kept free by [`List::open`]: whatever is listed can still be closed, taken over, and snapshotted inline.
+const RESERVED_BYTES: usize = 4 * 1024;
+/// The largest inline snapshot, bytes (C6).
+pub const INLINE_SNAPSHOT_BYTES_MAX: usize = 1024;
+
+/// Which of a segment's two logs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Log {
+    /// Messages.
+    Data,
+    /// Cursors and deduplication state, of all subscriptions (C6).
+    Cursor,
+}
+
+/// Where a listed ledger stands, as far as the list knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ListedState {
+    Open,
+    /// A takeover finds out where it ends.
+    InRecovery,
+    /// Counts are final.
+    Closed,
+}
+
+/// What a closed ledger holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub entries: u64,
+    /// Messages: offsets it spans.
+    pub records: u64,
+    /// Payload bytes.
+    pub bytes: u64,
+    pub first_publish_ms: u64,
+    pub last_publish_ms: u64,
+}
+
+/// One listed ledger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listed {
+    pub id: LedgerId,
+    /// The offset of its first message; 0 in the cursor log.
+    pub base_offset: Offset,
+    pub state: ListedState,
+    /// Zero until it is Closed.
+    pub counts: Counts,
+}
+
+/// The decoded, checked list value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct List {
+    /// 0 before the first takeover.
+    pub epoch: Epoch,
+    /// Of the takeover that set the epoch (O2); zeros before the first.
+    pub epoch_nonce: [u8; 16],
+    /// In offset order, without a hole.
+    pub data: Vec<Listed>,
+    pub cursor_log: Vec<Listed>,
+    /// State of cursors and deduplication, older than any cursor log; empty for none (C6).
+    pub inline_snapshot: Bytes,
+    /// The first offset kept.
+    pub first_offset: Offset,
+    /// Where the next ledger starts while `data` is empty.
+    pub next_offset: Offset,
+    /// Kept as read: delayed messages are not of this version.
+    timers: Vec<wire::LedgerEntry>,
+}
+
+/// A list that is no list, or has no room left. A defect or damage: a human looks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the list value {0}")]
+pub struct ListError(pub String);
+
+impl List {
+    /// A new segment's.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self {
+            epoch: Epoch(0),
+            epoch_nonce: [0; 16],
+            data: Vec::new(),
+            cursor_log: Vec::new(),
+            inline_snapshot: Bytes::new(),
+            first_offset: Offset(0),
+            next_offset: Offset(0),
+            timers: Vec::new(),
+        }
+    }
+
+    /// All listed ledgers: data in offset order, then the cursor log.
+    pub fn ledgers(&self) -> impl Iterator<Item = (Log, &Listed)> + '_ {
+        let data = self.data.iter().map(|listed| (Log::Data, listed));
+        data.chain(self.cursor_log.iter().map(|listed| (Log::Cursor, listed)))
+    }
+
+    fn find_mut(&mut self, id: LedgerId) -> Option<&mut Listed> {
+        self.data.iter_mut().chain(&mut self.cursor_log).find(|listed| listed.id == id)
+    }
+
+    /// TK1: where the ledger ends is being found out.
+    pub fn recover(&mut self, id: LedgerId) {
+        if let Some(listed) = self.find_mut(id) {
+            listed.state = ListedState::InRecovery;
+        }
+    }
+
+    /// Closes a ledger with its final counts (TK2, M2, section 6).
+    pub fn close(&mut self, id: LedgerId, counts: Counts) {
+        if let Some(listed) = self.find_mut(id) {
+            (listed.state, listed.counts) = (ListedState::Closed, counts);
+        }
+    }
+
+    /// Lists a new ledger behind the closed ones (M2, M4).
+    ///
+    /// # Errors
+    /// [`ListError`] when there is no room for one more.
+    ///
+    /// # Panics
+    /// When the last ledger of that log is not Closed: where a data ledger ends is not known before.
+    pub fn open(&mut self, log: Log, id: LedgerId) -> Result<(), ListError> {
+        let bytes = self.to_wire().encoded_len();
+        if bytes + RESERVED_BYTES > LIST_BYTES_MAX {
+            return Err(ListError(format!(
+                "has {bytes} bytes, which leaves no room for another ledger"
+            )));
+        }
+        let base_offset = match log {
+            Log::Data => self.closed_end(),
+            Log::Cursor => Offset(0),
+        };
+        let row = match log {
+            Log::Data => &mut self.data,
+            Log::Cursor => &mut self.cursor_log,
+        };
+        assert!(
+            row.iter().all(|listed| listed.state == ListedState::Closed),
+            "a log has one open ledger at most"
+        );
+        row.push(Listed { id, base_offset, state: ListedState::Open, counts: Counts::default() });
+        Ok(())
+    }
+
+    /// Unlists a cursor-log ledger that a later full snapshot superseded (C4, M3).
+    pub fn drop_cursor_ledger(&mut self, id: LedgerId) {
+        self.cursor_log.retain(|listed| listed.id != id);
+    }
+
+    /// Unlists closed ledgers of a segment that is being deleted, oldest first.
+    pub fn drop_ledgers(&mut self, ids: &[LedgerId]) {
+        self.next_offset = self.closed_end();
+        self.data.retain(|listed| !ids.contains(&listed.id));
+        self.cursor_log.retain(|listed| !ids.contains(&listed.id));
+        self.first_offset = self.data.first().map_or(self.next_offset, |listed| listed.base_offset);
+    }
+
+    /// The offset after the last closed data ledger.
+    #[must_use]
+    pub fn closed_end(&self) -> Offset {
+        let last = self.data.iter().rev().find(|listed| listed.state == ListedState::Closed);
+        match (last, self.data.first()) {
+            (Some(last), _) => last.base_offset.advance(last.counts.records),
+            (None, Some(open)) => open.base_offset,
+            (None, None) => self.next_offset,
+        }
+    }
+
+    /// The data ledger that holds the offset, or will once it is stored; none below the first ledger or without one.
+    #[must_use]
+    pub fn holding(&self, offset: Offset) -> Option<&Listed> {
+        let after = self.data.partition_point(|listed| listed.base_offset <= offset);
+        // Ledgers without messages share their base with the next one, which is the one that holds the offset.
+        self.data[..after].last()
+    }
+
+    /// The stored bytes.
+    ///
+    /// # Errors
+    /// [`ListError`] when they exceed [`LIST_BYTES_MAX`], or the inline snapshot its own limit.
+    pub fn encode(&self) -> Result<Vec<u8>, ListError> {
+        let bytes = self.to_wire().encode_to_vec();
+        if bytes.len() > LIST_BYTES_MAX {
+            return Err(ListError(format!(
+                "would have {} bytes, at most {LIST_BYTES_MAX} are allowed",
+                bytes.len()
+            )));
+        }
+        if self.inline_snapshot.len() > INLINE_SNAPSHOT_BYTES_MAX {
+            return Err(ListError(format!(
+                "would hold a snapshot of {} bytes",
+                self.inline_snapshot.len()
+            )));
+        }
+        Ok(bytes)
+    }
+
+    fn to_wire(&self) -> wire::ListValue {
+        wire::ListValue {
+            format: FORMAT,
+            epoch: self.epoch.0,
+            epoch_nonce: Bytes::copy_from_slice(&self.epoch_nonce),
+            data: self.data.iter().map(to_wire).collect(),
+            cursor_log: self.cursor_log.iter().map(to_wire).collect(),
+            timers: self.timers.clone(),
+            inline_snapshot: self.inline_snapshot.clone(),
+            first_offset: self.first_offset.0,
+            next_offset: self.next_offset.0,
+        }
+    }
+
+    /// Reads and checks a stored value.
+    ///
+    /// # Errors
+    /// [`ListError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, ListError> {
+        let value = wire::ListValue::decode(bytes)
+            .map_err(|error| ListError(format!("cannot be decoded: {error}")))?;
+        if value.format != FORMAT {
+            return Err(ListError(format!("has the unknown format {}", value.format)));
+        }
+        let epoch_nonce = match value.epoch_nonce.len() {
+            0 => [0; 16],
+            16 => value.epoch_nonce[..].try_into().expect("16 bytes"),
+            other => return Err(ListError(format!("has an epoch nonce of {other} bytes"))),
+        };
+        let ledgers = |entries: Vec<wire::LedgerEntry>| -> Result<Vec<Listed>, ListError> {
+            entries.into_iter().map(from_wire).collect()
+        };
+        let list = Self {
+            epoch: Epoch(value.epoch),
+            epoch_nonce,
+            data: ledgers(value.data)?,
+            cursor_log: ledgers(value.cursor_log)?,
+            inline_snapshot: Bytes::copy_from_slice(&value.inline_snapshot),
+            first_offset: Offset(value.first_offset),
+            next_offset: Offset(value.next_offset),
+            timers: value.timers,
+        };
+        list.validate()?;
+        Ok(list)
+    }
+
+    /// Checks that offsets have no hole and that only the last ledger of each row is not Closed.
+    ///
+    /// # Errors
+    /// [`ListError`].
+    fn validate(&self) -> Result<(), ListError> {
+        for row in [&self.data, &self.cursor_log] {
+            let unfinished =
+                row.iter().rev().skip(1).find(|listed| listed.state != ListedState::Closed);
+            if let Some(ledger) = unfinished {
+                return Err(ListError(format!("has ledgers behind {}, which is open", ledger.id)));
+            }
+        }
+        for pair in self.data.windows(2) {
+            if pair[0].base_offset.0.checked_add(pair[0].counts.records)
+                != Some(pair[1].base_offset.0)
+            {
+                return Err(ListError(format!("has a hole before ledger {}", pair[1].id)));
+            }
+        }
+        let mut ids: Vec<_> = self.data.iter().chain(&self.cursor_log).map(|l| l.id).collect();
+        ids.sort_unstable();
+        match ids.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(ListError(format!("names ledger {} twice", pair[0]))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn to_wire(ledger: &Listed) -> wire::LedgerEntry {
+    use wire::ledger_entry::State;
+    let state = match ledger.state {
+        ListedState::Open => State::Open,
+        ListedState::InRecovery => State::InRecovery,
+        ListedState::Closed => State::Closed,
+    };
+    wire::LedgerEntry {
+        ledger: ledger.id.0,
+        base_offset: ledger.base_offset.0,
+        entries: ledger.counts.entries,
+        records: ledger.counts.records,
+        bytes: ledger.counts.bytes,
+        first_publish_ms: ledger.counts.first_publish_ms,
+        last_publish_ms: ledger.counts.last_publish_ms,
+        state: state as i32,
+    }
+}
+
+fn from_wire(entry: wire::LedgerEntry) -> Result<Listed, ListError> {
+    use wire::ledger_entry::State;
+    let state = match entry.state() {
+        State::Open => ListedState::Open,
+        State::InRecovery => ListedState::InRecovery,
+        State::Closed => ListedState::Closed,
+        State::Unspecified => {
+            return Err(ListError(format!("has ledger {} in no known state", entry.ledger)));
+        }
+    };
+    let counts = Counts {
+        entries: entry.entries,
+        records: entry.records,
+        bytes: entry.bytes,
+        first_publish_ms: entry.first_publish_ms,
+        last_publish_ms: entry.last_publish_ms,
+    };
+    let base_offset = Offset(entry.base_offset);
+    Ok(Listed { id: LedgerId(entry.ledger), base_offset, state, counts })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Open(Log),
+        CloseAll(u64),
+        RecoverAll,
+        DropCursorLedger,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            Just(Step::Open(Log::Data)),
+            Just(Step::Open(Log::Cursor)),
+            (0u64..5).prop_map(Step::CloseAll),
+            Just(Step::RecoverAll),
+            Just(Step::DropCursorLedger),
+        ]
+    }
+
+    fn unfinished(list: &List) -> Vec<(Log, LedgerId)> {
+        let open = list.ledgers().filter(|(_, listed)| listed.state != ListedState::Closed);
+        open.map(|(log, listed)| (log, listed.id)).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn every_step_keeps_offsets_dense_and_survives_encoding(steps in prop::collection::vec(step(), 0..40)) {
+            let (mut list, mut next_id, mut records) = (List::empty(), 1u64, 0u64);
+            for step in steps {
+                match step {
+                    Step::Open(log) => if !unfinished(&list).iter().any(|(open, _)| *open == log) {
+                        list.open(log, LedgerId(next_id)).expect("room");
+                        next_id += 1;
+                    },
+                    Step::CloseAll(n) => for (log, id) in unfinished(&list) {
+                        list.close(id, Counts { entries: n, records: n, ..Counts::default() });
+                        if log == Log::Data { records += n; }
+                    },
+                    Step::RecoverAll => for (_, id) in unfinished(&list) { list.recover(id); },
+                    Step::DropCursorLedger => {
+                        let closed = list.cursor_log.iter().find(|listed| listed.state == ListedState::Closed);
+                        if let Some(id) = closed.map(|listed| listed.id) { list.drop_cursor_ledger(id); }
+                    }
+                }
+                prop_assert_eq!(list.closed_end(), Offset(records));
+                prop_assert_eq!(List::decode(&list.encode().expect("small")), Ok(list.clone()));
+                for offset in 0..records {
+                    let holder = list.holding(Offset(offset)).expect("every stored offset has a ledger");
+                    prop_assert!(holder.base_offset.0 <= offset && offset < holder.base_offset.0 + holder.counts.records);
+                }
+            }
+        }
+
+        #[test]
+        fn foreign_bytes_are_refused_or_read_never_a_panic(bytes: Vec<u8>) {
+            drop(List::decode(&bytes));
+        }
+    }
+
+    #[test]
+    fn a_hole_between_ledgers_is_refused() {
+        let mut list = List::empty();
+        list.open(Log::Data, LedgerId(1)).expect("room");
+        list.close(LedgerId(1), Counts { records: 5, ..Counts::default() });
+        list.open(Log::Data, LedgerId(2)).expect("room");
+        list.data[1].base_offset = Offset(6);
+        assert!(List::decode(&list.encode().expect("small")).is_err());
+    }
+
+    #[test]
+    fn a_list_without_room_takes_no_ledger_and_what_it_has_can_still_be_closed() {
+        let mut list = List::empty();
+        let counts = Counts {
+            entries: u64::MAX,
+            records: 1,
+            bytes: u64::MAX,
+            first_publish_ms: u64::MAX,
+            last_publish_ms: u64::MAX,
+        };
+        let mut ids = (0..u64::MAX).rev().map(LedgerId);
+        let mut open = |list: &mut List, log| ids.next().map(|id| (id, list.open(log, id)));
+        while let Some((id, Ok(()))) = open(&mut list, Log::Data) {
+            if let Some((log, Ok(()))) = open(&mut list, Log::Cursor) {
+                list.close(log, counts);
+            }
+            list.recover(id);
+            list.close(id, counts);
+            list.inline_snapshot = vec![7; INLINE_SNAPSHOT_BYTES_MAX].into();
+            list.encode().expect("fits");
+            list.inline_snapshot = Bytes::new();
+        }
+        assert!(list.data.len() > 1_000, "{}", list.data.len());
+        while list.encode().is_ok() {
+            list.data.push(list.data[0]);
+        }
+    }
+}

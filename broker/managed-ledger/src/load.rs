@@ -1,0 +1,101 @@
+//! Loading a segment that was taken over: the cursor log, then the deduplication window and the offset index (O4, C5, DD2).
+
+use geminga_proto::ids::{Offset, SegmentId};
+
+use crate::{
+    change::Current,
+    cursor_log::{Fold, LogState},
+    dedup::{ProducerId, Window},
+    error::{LoadError, ReadError},
+    factory::ManagedLedgers,
+    list::List,
+    read::View,
+    segment::{self, Loaded, ManagedLedger},
+    takeover::Taken,
+};
+
+impl From<ReadError> for LoadError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Damaged(_) => Self::Damaged(error.to_string()),
+            other => Self::Unavailable(other.to_string()),
+        }
+    }
+}
+
+/// Nothing is served before this is done.
+pub(crate) async fn load(
+    ledgers: &ManagedLedgers,
+    segment: SegmentId,
+    taken: Taken,
+) -> Result<ManagedLedger, LoadError> {
+    let view = View::new(ledgers.clone(), taken.list.clone());
+    let state = load_cursor_log(ledgers, &view, &taken.list).await?;
+    let (window, replayed_bytes) = load_window(&view, &taken.list, &state).await?;
+    tracing::info!(
+        topic = segment.topic.0,
+        segment = segment.segment,
+        epoch = taken.list.epoch.0,
+        end = taken.list.closed_end().0,
+        cursors = state.cursors.len(),
+        producers = window.len(),
+        "segment loaded"
+    );
+    let current = Current { list: taken.list, revision: taken.revision };
+    let loaded = Loaded { current, window, replayed_bytes };
+    Ok(segment::start(ledgers.clone(), segment, view, state.cursors, loaded))
+}
+
+/// The inline snapshot, then every entry of the log's ledgers in order (C5, C6).
+pub(crate) async fn load_cursor_log(
+    ledgers: &ManagedLedgers,
+    view: &View,
+    list: &List,
+) -> Result<LogState, LoadError> {
+    let mut fold = Fold::default();
+    let damaged = &ledgers.parts().metrics.damaged_cursor_entries;
+    if !list.inline_snapshot.is_empty() && fold.apply(&list.inline_snapshot).is_err() {
+        return Err(LoadError::Damaged("the inline cursor snapshot cannot be read".to_owned()));
+    }
+    for listed in &list.cursor_log {
+        let each = |entry: Option<&geminga_bookie_client::entry::Entry>| {
+            let applied = entry.map(|entry| fold.apply(&entry.payload.to_bytes()));
+            if applied.is_none() {
+                fold.skip();
+            }
+            if !matches!(applied, Some(Ok(()))) {
+                damaged.inc();
+            }
+        };
+        view.log_entries(listed, each).await?;
+    }
+    Ok(fold.into_state())
+}
+
+/// DD2: snapshot at offset p, and every entry from p on; and how many bytes those are.
+async fn load_window(
+    view: &View,
+    list: &List,
+    state: &LogState,
+) -> Result<(Window, u64), LoadError> {
+    let mut replayed_bytes = 0;
+    let mut window = Window::restore(&state.dedup.producers);
+    let from = Offset(state.dedup.next_offset.max(list.first_offset.0));
+    for listed in &list.data {
+        let end = listed.base_offset.advance(listed.counts.records);
+        if end <= from {
+            continue;
+        }
+        view.replay(listed, from.max(listed.base_offset), |batch| {
+            replayed_bytes += batch.payload.len() as u64;
+            if let Some(producer) = &batch.header.producer {
+                let id = ProducerId::from(producer.name.clone());
+                let at = batch.header.publish_time_ms;
+                window.replay(&id, producer.session, producer.hi_sequence, batch.base_offset, at);
+            }
+        })
+        .await?;
+    }
+    window.begin_absences(view.now_ms());
+    Ok((window, replayed_bytes))
+}

@@ -1,0 +1,91 @@
+//! Metrics of managed ledgers. Durations in seconds.
+
+use prometheus_client::{
+    metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
+};
+
+use geminga_runtime::telemetry::DURATION_BUCKETS_S;
+
+/// All of them; unregistered by default, for tests.
+#[derive(Clone, Debug)]
+pub struct ManagedLedgerMetrics {
+    /// Batches appended and acknowledged.
+    pub appends: Counter,
+    /// From taking a batch up to its acknowledgement.
+    pub append_duration: Histogram,
+    /// Data and cursor-log ledgers that were followed by another.
+    pub rolls: Counter,
+    /// Segments that were fenced under us.
+    pub fenced: Counter,
+    /// From the first transaction of a takeover to service.
+    pub load_duration: Histogram,
+    /// Batches served from memory, and read from bookies.
+    pub cache_hits: Counter,
+    pub cache_misses: Counter,
+    /// Settle records made durable, and the log entries they took.
+    pub settles: Counter,
+    pub settle_entries: Counter,
+    /// Full cursor snapshots written.
+    pub snapshots: Counter,
+    /// Cursor-log entries that could not be read and were skipped on load (C4): a human looks.
+    pub damaged_cursor_entries: Counter,
+    /// Segments in service.
+    pub segments: Gauge,
+}
+
+impl Default for ManagedLedgerMetrics {
+    fn default() -> Self {
+        let histogram = || Histogram::new(DURATION_BUCKETS_S);
+        Self {
+            appends: Counter::default(),
+            append_duration: histogram(),
+            rolls: Counter::default(),
+            fenced: Counter::default(),
+            load_duration: histogram(),
+            cache_hits: Counter::default(),
+            cache_misses: Counter::default(),
+            settles: Counter::default(),
+            settle_entries: Counter::default(),
+            snapshots: Counter::default(),
+            damaged_cursor_entries: Counter::default(),
+            segments: Gauge::default(),
+        }
+    }
+}
+
+impl ManagedLedgerMetrics {
+    /// Registers all of them.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        let mut counter = |name: &str, help: &str, metric: &Counter| {
+            registry.register(format!("geminga_managed_ledger_{name}"), help, metric.clone());
+        };
+        counter("appends", "Batches appended and acknowledged", &metrics.appends);
+        counter("rolls", "Ledgers that were followed by another", &metrics.rolls);
+        counter("fenced", "Segments that were fenced", &metrics.fenced);
+        counter("cache_hits", "Batches served from memory", &metrics.cache_hits);
+        counter("cache_misses", "Batches read from bookies", &metrics.cache_misses);
+        counter("settles", "Settles made durable", &metrics.settles);
+        counter("settle_entries", "Cursor-log entries written", &metrics.settle_entries);
+        counter("snapshots", "Cursor snapshots written", &metrics.snapshots);
+        counter(
+            "damaged_cursor_entries",
+            "Cursor-log entries skipped on load",
+            &metrics.damaged_cursor_entries,
+        );
+        registry.register(
+            "geminga_managed_ledger_segments",
+            "Segments in service",
+            metrics.segments.clone(),
+        );
+        for (name, help, histogram) in [
+            ("append_duration", "Append, from batch to acknowledgement", &metrics.append_duration),
+            ("load_duration", "Takeover and load of a segment", &metrics.load_duration),
+        ] {
+            let name = format!("geminga_managed_ledger_{name}");
+            registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());
+        }
+        metrics
+    }
+}

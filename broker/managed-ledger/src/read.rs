@@ -1,0 +1,423 @@
+//! Reading by offset: which ledger, which entry; from memory, else from bookies. Runs beside the owner task, on a view of
+//! what is confirmed (RD2).
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use geminga_bookie_client::{
+    LedgerMetadata, LedgerState, LedgerWriter, ReadError as LedgerReadError,
+    bookie_rpc::EntryRange, entry::Entry,
+};
+use geminga_metadata::keys;
+use geminga_proto::ids::{EntryId, LedgerId, Offset};
+use parking_lot::Mutex;
+
+use crate::{
+    entry_cache::{EntryCache, Taken},
+    entry_header,
+    error::ReadError,
+    factory::ManagedLedgers,
+    list::{List, Listed, ListedState},
+    types::StoredBatch,
+};
+
+/// Every so many entries of a ledger the offset is remembered.
+const INDEX_EVERY: u64 = 16;
+/// Bytes asked for at a time while scanning.
+const SCAN_BYTES: usize = 4 << 20;
+
+/// Sparse places of offsets in one ledger: base offset -> entry; both rise.
+#[derive(Debug, Default)]
+struct LedgerIndex(BTreeMap<u64, u64>);
+
+impl LedgerIndex {
+    /// Remembers a place, unless one is near.
+    fn insert(&mut self, base: Offset, entry: EntryId) {
+        let before = self.0.range(..=base.0).next_back();
+        let after = self.0.range(base.0..).next();
+        let far = |place: Option<(&u64, &u64)>| {
+            place.is_none_or(|(_, at)| at.abs_diff(entry.0) >= INDEX_EVERY)
+        };
+        if far(before) && far(after) {
+            self.0.insert(base.0, entry.0);
+        }
+    }
+
+    /// The closest entry known to start at or below the offset.
+    fn at_or_below(&self, offset: Offset) -> Option<EntryId> {
+        self.0.range(..=offset.0).next_back().map(|(_, entry)| EntryId(*entry))
+    }
+}
+
+/// The open data ledger as readers see it.
+#[derive(Debug)]
+struct OpenLedger {
+    writer: LedgerWriter,
+    /// The last entry that the owner confirmed (RD2).
+    last: Option<EntryId>,
+}
+
+/// What readers see of a segment.
+#[derive(Debug)]
+pub(crate) struct View {
+    ledgers: ManagedLedgers,
+    pub(crate) cache: EntryCache,
+    list: Mutex<Arc<List>>,
+    open: Mutex<Option<OpenLedger>>,
+    closed: Mutex<BTreeMap<LedgerId, Arc<LedgerMetadata>>>,
+    index: Mutex<BTreeMap<LedgerId, LedgerIndex>>,
+}
+
+impl View {
+    pub(crate) fn new(ledgers: ManagedLedgers, list: List) -> Self {
+        let cache = EntryCache::new(
+            ledgers.cache_bytes().clone(),
+            ledgers.parts().config.segment_cache_bytes,
+        );
+        Self {
+            cache,
+            list: Mutex::new(Arc::new(list)),
+            open: Mutex::default(),
+            closed: Mutex::default(),
+            index: Mutex::default(),
+            ledgers,
+        }
+    }
+
+    /// The owner changed the list or the open ledger.
+    pub(crate) fn update(&self, list: &List, writer: Option<LedgerWriter>) {
+        {
+            let mut open = self.open.lock();
+            let same = open
+                .take()
+                .filter(|old| writer.as_ref().is_some_and(|new| new.id() == old.writer.id()));
+            *open = same.or(writer.map(|writer| OpenLedger { writer, last: None }));
+        }
+        *self.list.lock() = Arc::new(list.clone());
+    }
+
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.ledgers.parts().clock.now().0
+    }
+
+    pub(crate) fn list(&self) -> Arc<List> {
+        self.list.lock().clone()
+    }
+
+    /// The open data ledger's size, bytes.
+    pub(crate) fn open_bytes(&self) -> u64 {
+        self.open.lock().as_ref().map_or(0, |open| open.writer.length())
+    }
+
+    /// The owner confirmed the open ledger up to here: readers may go so far.
+    pub(crate) fn confirmed(&self, last: EntryId) {
+        if let Some(open) = &mut *self.open.lock() {
+            open.last = Some(last);
+        }
+    }
+
+    /// Remembers where an offset of a ledger being written lies; every so many entries is enough.
+    pub(crate) fn place(&self, ledger: LedgerId, base: Offset, entry: EntryId) {
+        if entry.0.is_multiple_of(INDEX_EVERY) {
+            self.index(ledger, base, entry);
+        }
+    }
+
+    fn index(&self, ledger: LedgerId, base: Offset, entry: EntryId) {
+        self.index.lock().entry(ledger).or_default().insert(base, entry);
+    }
+
+    /// Batches from the one that contains `from` on, all below `end`.
+    pub(crate) async fn read(
+        &self,
+        from: Offset,
+        end: Offset,
+        bytes_max: usize,
+        messages_max: usize,
+    ) -> Result<Vec<StoredBatch>, ReadError> {
+        if from >= end || messages_max == 0 {
+            return Ok(Vec::new());
+        }
+        let first = self.list().first_offset;
+        if from < first {
+            return Err(ReadError::Trimmed { first });
+        }
+        let metrics = &self.ledgers.parts().metrics;
+        let cached = self.cache.read(from, bytes_max, messages_max);
+        if !cached.is_empty() {
+            metrics.cache_hits.inc_by(cached.len() as u64);
+            return Ok(cached);
+        }
+        let mut taken = Taken::new(from, bytes_max, messages_max);
+        while taken.next() < end && !taken.is_full() {
+            let list = self.list();
+            let Some(listed) = list.holding(taken.next()).copied() else { break };
+            let before = taken.batches.len();
+            match self.read_ledger(&listed, &mut taken, end, bytes_max).await {
+                Ok(()) if taken.batches.len() > before => {}
+                // What was read is good; whoever reads on from there hears of the rest.
+                Err(error) if taken.batches.is_empty() => return Err(error),
+                Ok(()) | Err(_) => break,
+            }
+        }
+        if taken.batches.is_empty() {
+            return Err(ReadError::Unavailable(format!(
+                "offset {from} is in no ledger that can be read yet"
+            )));
+        }
+        metrics.cache_misses.inc_by(taken.batches.len() as u64);
+        Ok(taken.batches)
+    }
+
+    async fn read_ledger(
+        &self,
+        listed: &Listed,
+        taken: &mut Taken,
+        end: Offset,
+        bytes_max: usize,
+    ) -> Result<(), ReadError> {
+        let (metadata, last) = self.readable(listed).await?;
+        let Some(last) = last else { return Ok(()) };
+        let mut next = self.locate(&metadata, listed, last, taken.next()).await?;
+        while next <= last && !taken.is_full() {
+            let range = EntryRange { first: next, last };
+            let budget = bytes_max.clamp(1, SCAN_BYTES);
+            let entries = self.entries(&metadata, range, budget).await?;
+            for entry in entries {
+                next = entry.id.next();
+                let Some(batch) = decode(listed.id, &entry)? else { continue };
+                self.index(listed.id, batch.base_offset, entry.id);
+                let over = batch.base_offset >= end;
+                let before =
+                    batch.base_offset.advance(u64::from(batch.header.count)) <= taken.next();
+                if before {
+                    continue;
+                }
+                if over || !taken.take(&batch) {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The metadata of a ledger and its last readable entry (RD1, RD2).
+    async fn readable(
+        &self,
+        listed: &Listed,
+    ) -> Result<(Arc<LedgerMetadata>, Option<EntryId>), ReadError> {
+        if listed.state != ListedState::Closed
+            && let Some(open) =
+                self.open.lock().as_ref().filter(|open| open.writer.id() == listed.id)
+        {
+            return Ok((Arc::new(open.writer.metadata().value), open.last));
+        }
+        let cached = self.closed.lock().get(&listed.id).cloned();
+        let metadata = match cached {
+            Some(metadata) => metadata,
+            None => self.fetch(listed.id).await?,
+        };
+        match metadata.state {
+            LedgerState::Closed { last, .. } => Ok((metadata, last)),
+            // A roll has landed in the store, or is about to; the list will follow.
+            _ => Err(ReadError::Unavailable(format!("ledger {} is being closed", listed.id))),
+        }
+    }
+
+    async fn fetch(&self, id: LedgerId) -> Result<Arc<LedgerMetadata>, ReadError> {
+        let unavailable =
+            |error: geminga_metadata::StoreError| ReadError::Unavailable(error.to_string());
+        let (_, found) =
+            self.ledgers.parts().store.get(&keys::ledger(id)).await.map_err(unavailable)?;
+        let damaged = |why: String| damaged(id, why);
+        let found = found.ok_or_else(|| damaged("it does not exist".to_owned()))?;
+        let metadata =
+            LedgerMetadata::from_key_value(&found).map_err(|error| damaged(error.to_string()))?;
+        let metadata = Arc::new(metadata.value);
+        if metadata.is_closed() {
+            self.closed.lock().insert(id, Arc::clone(&metadata));
+        }
+        Ok(metadata)
+    }
+
+    async fn entries(
+        &self,
+        metadata: &LedgerMetadata,
+        range: EntryRange,
+        bytes: usize,
+    ) -> Result<Vec<Entry>, ReadError> {
+        let reader = self.ledgers.parts().client.reader(metadata.id);
+        let entries = match reader.read(metadata, range, bytes).await {
+            // A replicator may have moved copies since the metadata was read.
+            Err(LedgerReadError::Damaged { .. } | LedgerReadError::Unavailable { .. })
+                if metadata.is_closed() && self.closed.lock().remove(&metadata.id).is_some() =>
+            {
+                let again = self.fetch(metadata.id).await?;
+                reader.read(&again, range, bytes).await
+            }
+            answer => answer,
+        };
+        entries.map_err(|error| match error {
+            // Deleted by who owns the segment now: that is no damage of ours to skip.
+            LedgerReadError::Unavailable { .. } | LedgerReadError::Trimmed { .. } => {
+                ReadError::Unavailable(error.to_string())
+            }
+            other => damaged(metadata.id, other.to_string()),
+        })
+    }
+
+    /// An entry at or before the one that holds `offset`: by the index, else by halving the ledger.
+    async fn locate(
+        &self,
+        metadata: &LedgerMetadata,
+        listed: &Listed,
+        last: EntryId,
+        offset: Offset,
+    ) -> Result<EntryId, ReadError> {
+        if offset <= listed.base_offset {
+            return Ok(EntryId(0));
+        }
+        let known = self.index.lock().get(&listed.id).and_then(|index| index.at_or_below(offset));
+        let (mut low, mut high) = (known.unwrap_or(EntryId(0)).0, last.0);
+        if known.is_some() && self.is_fully_indexed(listed.id, last) {
+            return Ok(EntryId(low));
+        }
+        // Who reads on is a step away from a known place: look there first.
+        let mut near = known.is_some();
+        while high - low > INDEX_EVERY {
+            let middle = EntryId(if std::mem::take(&mut near) {
+                low + INDEX_EVERY
+            } else {
+                low + (high - low) / 2
+            });
+            let entries =
+                self.entries(metadata, EntryRange { first: middle, last: middle }, 1).await?;
+            let entry = entries
+                .first()
+                .ok_or_else(|| ReadError::Unavailable("an empty answer".to_owned()))?;
+            let (header, _) = entry_header::decode(&entry.payload)
+                .map_err(|error| damaged(listed.id, error.to_string()))?;
+            if header.base_offset <= offset.0 { low = middle.0 } else { high = middle.0 }
+        }
+        Ok(EntryId(low))
+    }
+
+    /// The index was kept while all of the ledger was written or replayed: the next place is at most a step away.
+    fn is_fully_indexed(&self, ledger: LedgerId, last: EntryId) -> bool {
+        self.index
+            .lock()
+            .get(&ledger)
+            .is_some_and(|index| index.0.len() as u64 * INDEX_EVERY > last.0)
+    }
+
+    /// Every entry of a closed ledger that may hold offsets from `from` on, control entries included, in order; for the
+    /// replay of a load (DD2).
+    pub(crate) async fn replay(
+        &self,
+        listed: &Listed,
+        from: Offset,
+        mut each: impl FnMut(StoredBatch),
+    ) -> Result<(), ReadError> {
+        let (metadata, last) = self.readable(listed).await?;
+        let Some(last) = last else { return Ok(()) };
+        let mut next = self.locate(&metadata, listed, last, from).await?;
+        while next <= last {
+            let entries =
+                self.entries(&metadata, EntryRange { first: next, last }, SCAN_BYTES).await?;
+            for entry in entries {
+                next = entry.id.next();
+                if let Some(batch) = decode(listed.id, &entry)? {
+                    self.index(listed.id, batch.base_offset, entry.id);
+                    if batch.base_offset >= from {
+                        each(batch);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every entry of a closed cursor-log ledger; a damaged one comes as `None` (C4).
+    pub(crate) async fn log_entries(
+        &self,
+        listed: &Listed,
+        mut each: impl FnMut(Option<&Entry>),
+    ) -> Result<(), ReadError> {
+        let (metadata, last) = self.readable(listed).await?;
+        let Some(last) = last else { return Ok(()) };
+        let mut next = EntryId(0);
+        while next <= last {
+            match self.entries(&metadata, EntryRange { first: next, last }, SCAN_BYTES).await {
+                Ok(entries) => {
+                    for entry in entries {
+                        next = entry.id.next();
+                        each(Some(&entry));
+                    }
+                }
+                Err(ReadError::Damaged(why)) => {
+                    tracing::error!(
+                        ledger = listed.id.0,
+                        entry = next.0,
+                        why,
+                        "cursor-log entry skipped"
+                    );
+                    each(None);
+                    next = next.next();
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// The open cursor-log ledger's first entries as they can be read back (C4).
+    pub(crate) async fn read_back(
+        &self,
+        writer: &LedgerWriter,
+        last: EntryId,
+    ) -> Result<Vec<Entry>, ReadError> {
+        let metadata = writer.metadata().value;
+        let mut entries = Vec::new();
+        let mut next = EntryId(0);
+        while next <= last {
+            for entry in
+                self.entries(&metadata, EntryRange { first: next, last }, SCAN_BYTES).await?
+            {
+                next = entry.id.next();
+                entries.push(entry);
+            }
+        }
+        Ok(entries)
+    }
+}
+
+fn damaged(ledger: LedgerId, why: impl std::fmt::Display) -> ReadError {
+    ReadError::Damaged(format!("ledger {ledger}: {why}"))
+}
+
+/// A data entry as a batch; none for a control entry.
+fn decode(ledger: LedgerId, entry: &Entry) -> Result<Option<StoredBatch>, ReadError> {
+    let (header, payload) =
+        entry_header::decode(&entry.payload).map_err(|error| damaged(ledger, error))?;
+    let base_offset = Offset(header.base_offset);
+    Ok((header.count > 0).then_some(StoredBatch { base_offset, header, payload }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_index_leads_to_an_entry_at_or_before_the_offset() {
+        let mut index = LedgerIndex::default();
+        // First the tail, then all of it: whoever comes first.
+        for entry in (80..100u64).chain(0..100) {
+            index.insert(Offset(1000 + entry * 7), EntryId(entry));
+        }
+        assert!(index.0.len() < 10, "it is sparse");
+        assert_eq!(index.at_or_below(Offset(999)), None);
+        for entry in 0..100u64 {
+            let found = index.at_or_below(Offset(1000 + entry * 7 + 3)).expect("known").0;
+            assert!(found <= entry && entry - found < 2 * INDEX_EVERY, "{entry}: {found}");
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! A segment in service: a handle for many, and one task that owns the state.
+//!
+//! ```text
+//! publish ─┐                       ┌─► data ledger      ─► end moves, receipt
+//! settle  ─┼─► owner: chain, offset ┤
+//! open    ─┘                       └─► cursor-log ledger ─► cursor moves, answer
+//! read ─────► view of what is confirmed (no owner)
+//! ```
+
+mod cursors;
+mod jobs;
+mod lane;
+mod owner;
+mod publish;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use geminga_proto::{
+    ids::{Epoch, Offset, SegmentId, SubscriptionId},
+    v1::DurabilityLevel,
+};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{
+    change::Current,
+    cursor::Cursor,
+    dedup::{ProducerId, Window},
+    error::{ProducerError, PublishError, ReadError, SettleError},
+    factory::ManagedLedgers,
+    read::View,
+    types::{
+        CursorView, Outcome, ProducerOpen, ProducerOpened, PublishBatch, Settlement, Start, Stats,
+        Status, Stored, StoredBatch, Waiting,
+    },
+};
+
+/// A loaded segment. Clones share it; it serves until it is fenced or closed, and closes when the last clone is dropped.
+#[derive(Clone, Debug)]
+pub struct ManagedLedger {
+    shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+}
+
+/// What the owner and its readers share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    segment: SegmentId,
+    epoch: Epoch,
+    ack_quorum: usize,
+    view: View,
+    end: watch::Sender<Offset>,
+    status: watch::Sender<Status>,
+    /// As they are durable.
+    cursors: Mutex<BTreeMap<SubscriptionId, Cursor>>,
+    /// Streams of producers that ended, until the owner takes note: no more than there were streams.
+    ended_streams: Mutex<Vec<(ProducerId, u64)>>,
+}
+
+/// What the owner is asked.
+#[derive(Debug)]
+enum Command {
+    Publish(PublishBatch, oneshot::Sender<Result<Stored, PublishError>>),
+    OpenProducer(ProducerOpen, oneshot::Sender<Result<ProducerOpened, ProducerError>>),
+    Cursor(CursorChange, oneshot::Sender<Result<Offset, SettleError>>),
+    Close(oneshot::Sender<()>),
+}
+
+/// A change of one cursor.
+#[derive(Clone, Debug)]
+enum CursorChange {
+    Create(SubscriptionId, Start),
+    Remove(SubscriptionId),
+    Settle(SubscriptionId, Settlement),
+}
+
+/// What a load found.
+pub(crate) struct Loaded {
+    pub(crate) current: Current,
+    pub(crate) window: Window,
+    /// Data bytes that were replayed, as the next load would (DD2).
+    pub(crate) replayed_bytes: u64,
+}
+
+/// Starts the owner of a loaded segment.
+pub(crate) fn start(
+    ledgers: ManagedLedgers,
+    segment: SegmentId,
+    view: View,
+    cursors: BTreeMap<SubscriptionId, Cursor>,
+    loaded: Loaded,
+) -> ManagedLedger {
+    let config = &ledgers.parts().config;
+    let (commands, received) = mpsc::channel(config.commands_max);
+    let shared = Arc::new(Shared {
+        segment,
+        epoch: loaded.current.list.epoch,
+        ack_quorum: config.quorum.ack(),
+        view,
+        end: watch::Sender::new(loaded.current.list.closed_end()),
+        status: watch::Sender::new(Status::Serving),
+        cursors: Mutex::new(cursors),
+        ended_streams: Mutex::default(),
+    });
+    let owner = owner::Owner::new(ledgers.clone(), Arc::clone(&shared), loaded);
+    ledgers.parts().tasks.spawn("segment", owner.run(received));
+    ManagedLedger { shared, commands }
+}
+
+impl ManagedLedger {
+    /// The ownership epoch (O2).
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.shared.epoch
+    }
+
+    /// What a receipt of this segment promises.
+    #[must_use]
+    pub fn level(&self) -> DurabilityLevel {
+        if self.shared.ack_quorum >= 2 { DurabilityLevel::Quorum } else { DurabilityLevel::OneCopy }
+    }
+
+    /// Whether it serves.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<Status> {
+        self.shared.status.subscribe()
+    }
+
+    /// The confirmed end: the offset after the last acknowledged message. Wakes whoever waits for more.
+    #[must_use]
+    pub fn end(&self) -> watch::Receiver<Offset> {
+        self.shared.end.subscribe()
+    }
+
+    /// The first offset kept.
+    #[must_use]
+    pub fn first_offset(&self) -> Offset {
+        self.shared.view.list().first_offset
+    }
+
+    /// Figures.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let list = self.shared.view.list();
+        let closed: u64 = list.data.iter().map(|listed| listed.counts.bytes).sum();
+        Stats {
+            first_offset: list.first_offset,
+            next_offset: *self.shared.end.borrow(),
+            ledgers: list.data.len(),
+            stored_bytes: closed + self.shared.view.open_bytes(),
+        }
+    }
+
+    /// Stores a batch (DD1, DD3, DD5). Batches are taken up in the order of the calls; the future resolves when the batch is
+    /// durable, or is certain or unable to be. Dropping it abandons the answer, not the batch.
+    #[must_use]
+    pub fn publish(&self, batch: PublishBatch) -> Outcome<Stored, PublishError> {
+        let (answer, outcome) = oneshot::channel();
+        let busy = PublishError::Busy;
+        self.command(Command::Publish(batch, answer), outcome, busy, || PublishError::Fenced)
+    }
+
+    /// Opens a stream of batches.
+    ///
+    /// # Errors
+    /// [`ProducerError`].
+    pub async fn open_producer(&self, open: ProducerOpen) -> Result<ProducerOpened, ProducerError> {
+        let (answer, outcome) = oneshot::channel();
+        let asked = self.commands.send(Command::OpenProducer(open, answer)).await;
+        asked.map_err(|_| ProducerError::Fenced)?;
+        outcome.await.unwrap_or(Err(ProducerError::Fenced))
+    }
+
+    /// The stream that was opened under this number has ended. A session producer is remembered for a time after its last
+    /// stream (DD4).
+    pub fn producer_gone(&self, producer: &ProducerId, stream_number: u64) {
+        self.shared.ended_streams.lock().push((producer.clone(), stream_number));
+    }
+
+    /// Settles messages; resolves with the first unsettled offset once the record is durable (C3). In order of the calls.
+    #[must_use]
+    pub fn settle(
+        &self,
+        subscription: SubscriptionId,
+        settlement: Settlement,
+    ) -> Outcome<Offset, SettleError> {
+        self.change_cursor(CursorChange::Settle(subscription, settlement))
+    }
+
+    /// Makes a cursor, durably; one that exists stays as it is.
+    ///
+    /// # Errors
+    /// [`SettleError`].
+    pub async fn create_cursor(
+        &self,
+        subscription: SubscriptionId,
+        start: Start,
+    ) -> Result<(), SettleError> {
+        self.change_cursor(CursorChange::Create(subscription, start)).await.map(drop)
+    }
+
+    /// Removes a cursor, durably; a missing one is fine.
+    ///
+    /// # Errors
+    /// [`SettleError`].
+    pub async fn remove_cursor(&self, subscription: SubscriptionId) -> Result<(), SettleError> {
+        self.change_cursor(CursorChange::Remove(subscription)).await.map(drop)
+    }
+
+    fn change_cursor(&self, change: CursorChange) -> Outcome<Offset, SettleError> {
+        let (answer, outcome) = oneshot::channel();
+        self.command(Command::Cursor(change, answer), outcome, SettleError::Busy, || {
+            SettleError::Fenced
+        })
+    }
+
+    /// The cursor as it is durable now.
+    #[must_use]
+    pub fn cursor(&self, subscription: SubscriptionId) -> Option<CursorView> {
+        let end = *self.shared.end.borrow();
+        self.shared.cursors.lock().get(&subscription).map(|cursor| cursor.view(end))
+    }
+
+    /// Confirmed batches from the one that contains `from` on: at least one if there is any, about `bytes_max` payload bytes
+    /// or `messages_max` messages. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn read(
+        &self,
+        from: Offset,
+        bytes_max: usize,
+        messages_max: usize,
+    ) -> Result<Vec<StoredBatch>, ReadError> {
+        let end = *self.shared.end.borrow();
+        let answer = self.shared.view.read(from, end, bytes_max, messages_max).await;
+        match (&answer, &*self.shared.status.borrow()) {
+            (Err(_), Status::Fenced(_)) => Err(ReadError::Fenced),
+            _ => answer,
+        }
+    }
+
+    /// Clean end: what is pending is finished, the ledgers are closed. Idempotent.
+    pub async fn close(&self) {
+        let (answer, done) = oneshot::channel();
+        if self.commands.send(Command::Close(answer)).await.is_ok() {
+            let _ = done.await;
+        }
+    }
+
+    fn command<T, E>(
+        &self,
+        command: Command,
+        outcome: oneshot::Receiver<Result<T, E>>,
+        busy: E,
+        gone: fn() -> E,
+    ) -> Outcome<T, E> {
+        match self.commands.try_send(command) {
+            Ok(()) => Outcome(Waiting::Later(outcome, gone)),
+            Err(mpsc::error::TrySendError::Full(_)) => Outcome(Waiting::Now(Some(Err(busy)))),
+            Err(mpsc::error::TrySendError::Closed(_)) => Outcome(Waiting::Now(Some(Err(gone())))),
+        }
+    }
+}

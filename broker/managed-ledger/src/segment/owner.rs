@@ -1,0 +1,330 @@
+//! The owner of a segment's state: list, open ledgers, chain, cursors. One task, one loop; every event is applied at once.
+//! What it does with a batch stands in `publish.rs`, with a cursor in `cursors.rs`, with the list in `jobs.rs`.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use geminga_bookie_client::Poison;
+use geminga_proto::{
+    ids::{EntryId, Offset, SubscriptionId},
+    storage::v1::DedupSnapshot,
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, MissedTickBehavior, interval_at, sleep_until},
+};
+
+use super::{
+    Command, Loaded, Shared,
+    cursors::{Group, Waiting},
+    jobs::{Done, Job, RETRY_PAUSE},
+    lane::{Lane, LaneEvent},
+    publish::{Answer, Batch, Opening},
+};
+use crate::{
+    change::Current,
+    cursor_log::LogState,
+    dedup::Window,
+    entry_header,
+    error::{ProducerError, PublishError, SettleError},
+    factory::ManagedLedgers,
+    list::{Counts, Log},
+    types::{Status, Stored},
+};
+
+/// How often time-driven duties are looked at.
+const TICK: Duration = Duration::from_secs(10);
+
+pub(super) struct Owner {
+    pub(super) ledgers: ManagedLedgers,
+    pub(super) shared: Arc<Shared>,
+    pub(super) current: Current,
+    pub(super) data: Lane<Batch>,
+    pub(super) log: Lane<Group>,
+    pub(super) job: Option<Job>,
+    /// Not before this is the next list change tried, after one that did not happen.
+    pub(super) retry_at: Option<Instant>,
+    /// Why the last ledger could not be made.
+    pub(super) refusal: String,
+    pub(super) window: Window,
+    /// The offset of the next batch taken up.
+    pub(super) next_offset: Offset,
+    /// Receipts of batches that are durable, until the end has moved.
+    pub(super) receipts: Vec<(Answer<Stored, PublishError>, Stored)>,
+    /// Streams that open when what is on its way of their producers is settled.
+    pub(super) openings: Vec<Opening>,
+    pub(super) settles: VecDeque<Waiting>,
+    /// Runs above mark-delete in records that wait or are under way.
+    pub(super) queued_runs: BTreeMap<SubscriptionId, usize>,
+    pub(super) want: Want,
+    pub(super) data_ledger: OpenLedger,
+    pub(super) snapshot_bytes: u64,
+    pub(super) delta_bytes: u64,
+    /// Data bytes that a load would replay (DD2).
+    pub(super) data_since_dedup: u64,
+    pub(super) last_activity: Instant,
+    pub(super) closing: Option<Vec<oneshot::Sender<()>>>,
+    pub(super) fenced: Option<String>,
+    /// The last handle is gone.
+    abandoned: bool,
+}
+
+/// What the loop should get done when nothing else runs.
+#[derive(Debug, Default)]
+pub(super) struct Want {
+    pub(super) roll_data: bool,
+    pub(super) roll_log: bool,
+    /// Close the ledgers: idle, or on the way out.
+    pub(super) rest: bool,
+    pub(super) snapshot: bool,
+    /// The deduplication window goes into the cursor log (DD2).
+    pub(super) dedup: bool,
+    /// Superseded cursor-log ledgers may go, once the snapshot up to this entry is read back (C4).
+    pub(super) trim_after: Option<EntryId>,
+}
+
+/// What is confirmed in the open data ledger.
+#[derive(Debug, Default)]
+pub(super) struct OpenLedger {
+    pub(super) opened_at: Option<Instant>,
+    pub(super) counts: Counts,
+}
+
+impl Owner {
+    pub(super) fn new(ledgers: ManagedLedgers, shared: Arc<Shared>, loaded: Loaded) -> Self {
+        let next_offset = loaded.current.list.closed_end();
+        ledgers.parts().metrics.segments.inc();
+        Self {
+            ledgers,
+            shared,
+            current: loaded.current,
+            data: Lane::new(),
+            log: Lane::new(),
+            job: None,
+            retry_at: None,
+            refusal: String::new(),
+            window: loaded.window,
+            next_offset,
+            receipts: Vec::new(),
+            openings: Vec::new(),
+            settles: VecDeque::new(),
+            queued_runs: BTreeMap::new(),
+            want: Want::default(),
+            data_ledger: OpenLedger::default(),
+            snapshot_bytes: 0,
+            delta_bytes: 0,
+            data_since_dedup: loaded.replayed_bytes,
+            last_activity: Instant::now(),
+            closing: None,
+            fenced: None,
+            abandoned: false,
+        }
+    }
+
+    /// Serves until the segment is fenced or closed, or nobody holds it any more.
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let token = self.ledgers.cancel();
+        let mut stopped = pin!(token.cancelled());
+        let mut tick = interval_at(Instant::now() + TICK, TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while self.fenced.is_none() {
+            self.progress();
+            if self.is_closed() {
+                break;
+            }
+            let patience_ends = self.patience_ends();
+            tokio::select! {
+                biased;
+                () = &mut stopped => self.fence("the broker is stopping"),
+                done = finished(&mut self.job) => self.finish(done).await,
+                event = self.data.next() => match event {
+                    LaneEvent::Poisoned(poison) => self.poisoned(Log::Data, poison),
+                    LaneEvent::Appended(outcome) => self.data_appended(outcome),
+                    LaneEvent::Room => {}
+                },
+                event = self.log.next() => match event {
+                    LaneEvent::Poisoned(poison) => self.poisoned(Log::Cursor, poison),
+                    LaneEvent::Appended(outcome) => self.log_appended(outcome),
+                    LaneEvent::Room => {}
+                },
+                command = commands.recv(), if self.takes_commands() => match command {
+                    Some(command) => {
+                        self.apply(command);
+                        while self.takes_commands() && let Ok(command) = commands.try_recv() {
+                            self.apply(command);
+                        }
+                    }
+                    None => {
+                        self.abandoned = true;
+                        self.begin_close(None);
+                    }
+                },
+                () = until(self.retry_at) => self.retry_at = None,
+                () = until(patience_ends) => self.out_of_patience(),
+                _ = tick.tick() => self.on_tick(),
+            }
+        }
+        self.end(commands);
+    }
+
+    /// What waits here is bounded: past that the queue of commands fills up, and callers hear `Busy`.
+    fn takes_commands(&self) -> bool {
+        let waiting_max = self.ledgers.parts().config.commands_max;
+        !self.abandoned && self.settles.len() < waiting_max && self.data.waiting() < waiting_max
+    }
+
+    fn apply(&mut self, command: Command) {
+        match command {
+            Command::Publish(batch, answer) => self.publish(batch, answer),
+            Command::OpenProducer(open, answer) => self.open_producer(open, answer),
+            Command::Cursor(change, answer) => self.change_cursor(change, answer),
+            Command::Close(answer) => self.begin_close(Some(answer)),
+        }
+    }
+
+    fn poisoned(&mut self, log: Log, poison: Poison) {
+        if poison != Poison::WriteFailure {
+            return self.fence(&poison.to_string());
+        }
+        let writer = match log {
+            Log::Data => {
+                self.want.roll_data = true;
+                self.data.writer()
+            }
+            Log::Cursor => {
+                self.want.roll_log = true;
+                self.log.writer()
+            }
+        };
+        // Not a single entry: the next ledger may fare no better, and one ledger a round trip would help nobody.
+        if writer.is_some_and(|writer| writer.lac().is_none()) {
+            self.retry_at = Some(Instant::now() + RETRY_PAUSE);
+        }
+    }
+
+    /// Starts whatever can be started; level-triggered.
+    fn progress(&mut self) {
+        self.form_group();
+        self.data.send(|batch| entry_header::encode(&batch.header, batch.payload.clone()));
+        self.log.send(Group::payload);
+        if self.job.is_none() && self.retry_at.is_none() {
+            self.job = self.next_job();
+        }
+        self.note_waiting();
+    }
+
+    pub(super) fn dedup_state(&self) -> DedupSnapshot {
+        let next_offset = self.shared.end.borrow().0;
+        DedupSnapshot { next_offset, producers: self.window.snapshot() }
+    }
+
+    pub(super) fn log_state(&self) -> LogState {
+        LogState { cursors: self.shared.cursors.lock().clone(), dedup: self.dedup_state() }
+    }
+
+    pub(super) fn is_quiet(&self) -> bool {
+        self.data.is_empty() && self.log.is_empty() && self.settles.is_empty() && !self.want.dedup
+    }
+
+    /// Somebody uses the segment: it does not go to rest, unless it was told to close.
+    pub(super) fn note_activity(&mut self) {
+        self.last_activity = Instant::now();
+        self.want.rest &= self.closing.is_some();
+    }
+
+    fn on_tick(&mut self) {
+        let config = &self.ledgers.parts().config;
+        let old = self.data_ledger.opened_at.is_some_and(|at| at.elapsed() >= config.roll_age);
+        self.want.roll_data |= old && self.data.is_open() && self.data_ledger.counts.entries > 0;
+        let session_idle_ms = config.session_idle.as_millis() as u64;
+        if self.last_activity.elapsed() >= config.idle_after
+            && (self.data.is_open() || self.log.is_open())
+        {
+            self.want.rest = true;
+        }
+        self.note_ended_streams();
+        self.window.expire_sessions(self.now_ms().saturating_sub(session_idle_ms));
+    }
+
+    pub(super) fn note_ended_streams(&mut self) {
+        let now_ms = self.now_ms();
+        for (producer, stream) in std::mem::take(&mut *self.shared.ended_streams.lock()) {
+            self.window.disconnected(&producer, stream, now_ms);
+        }
+    }
+
+    fn begin_close(&mut self, answer: Option<oneshot::Sender<()>>) {
+        self.closing.get_or_insert_with(Vec::new).extend(answer);
+        self.want.rest = true;
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closing.is_some() && !self.want.rest && self.job.is_none() && self.is_quiet()
+    }
+
+    /// Nothing is served any more; what is in flight is indeterminate.
+    pub(super) fn fence(&mut self, why: &str) {
+        self.fenced.get_or_insert_with(|| why.to_owned());
+    }
+
+    fn end(mut self, mut commands: mpsc::Receiver<Command>) {
+        let metrics = &self.ledgers.parts().metrics;
+        metrics.segments.dec();
+        let segment = self.shared.segment;
+        let status = match &self.fenced {
+            Some(why) => {
+                metrics.fenced.inc();
+                tracing::warn!(
+                    topic = segment.topic.0,
+                    segment = segment.segment,
+                    why,
+                    "segment fenced"
+                );
+                Status::Fenced(why.clone())
+            }
+            None => Status::Closed,
+        };
+        self.shared.status.send_replace(status);
+        commands.close();
+        while let Ok(command) = commands.try_recv() {
+            match command {
+                Command::Publish(_, answer) => drop(answer.send(Err(PublishError::Fenced))),
+                Command::OpenProducer(_, answer) => drop(answer.send(Err(ProducerError::Fenced))),
+                Command::Cursor(_, answer) => drop(answer.send(Err(SettleError::Fenced))),
+                Command::Close(answer) => drop(answer.send(())),
+            }
+        }
+        self.fail_openings(&ProducerError::Fenced);
+        self.fail_batches(&PublishError::Fenced);
+        self.fail_settles(&SettleError::Fenced);
+        for answer in self.closing.take().into_iter().flatten() {
+            let _ = answer.send(());
+        }
+    }
+
+    pub(super) fn now_ms(&self) -> u64 {
+        self.ledgers.parts().clock.now().0
+    }
+}
+
+async fn finished(job: &mut Option<Job>) -> Done {
+    match job {
+        Some(running) => {
+            let done = running.await;
+            *job = None;
+            done
+        }
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

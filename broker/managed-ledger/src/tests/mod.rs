@@ -1,0 +1,10 @@
+//! The crate as a whole: segments over an in-memory store and in-memory bookies, on virtual time.
+
+mod chaos;
+mod cursors;
+mod dedup;
+mod failures;
+mod harness;
+mod life;
+mod log;
+mod takeover;

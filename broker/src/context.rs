@@ -1,0 +1,152 @@
+//! What every service shares, and how streams learn that the broker is stopping.
+
+use std::{sync::Arc, time::Duration};
+
+use geminga_proto::{reason::Reason, v1::GoAway};
+use geminga_runtime::{budget::ByteBudget, random::Random, tasks::Tasks};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    auth::{Authorized, Gate},
+    catalog::Catalog,
+    config::BrokerConfig,
+    discovery::Hub,
+    errors::Refusal,
+    listener::{Connection, StreamSlot},
+    metrics::Metrics,
+    ownership::Ownership,
+};
+
+/// Shared handle to what every service needs.
+pub(crate) type Shared = Arc<Context>;
+
+/// What every service needs.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) config: BrokerConfig,
+    pub(crate) catalog: Catalog,
+    pub(crate) ownership: Ownership,
+    pub(crate) hub: Hub,
+    pub(crate) gate: Gate,
+    pub(crate) metrics: Metrics,
+    pub(crate) random: Random,
+    /// Owner of the streams' tasks.
+    pub(crate) streams: Tasks,
+    pub(crate) draining: Draining,
+    /// One for each stream there may be, all connections together.
+    pub(crate) stream_slots: Arc<Semaphore>,
+    /// Bytes of batches taken from producers, all connections together.
+    pub(crate) publish_bytes: ByteBudget,
+    /// Payload bytes read for consumers and not taken by their connections, all streams together.
+    pub(crate) dispatch_bytes: ByteBudget,
+}
+
+impl Context {
+    /// What every handler does first: is the broker open, and may the caller do this (S1)?
+    pub(crate) fn admit<R: Authorized>(
+        &self,
+        connection: &Connection,
+        request: &R,
+    ) -> Result<(), Refusal> {
+        if self.draining.begun() {
+            return Err(shutting_down());
+        }
+        self.gate.check(connection.principal(), request)
+    }
+
+    /// Runs a stream, but no longer than the broker has: open or not.
+    pub(crate) async fn until_over(
+        &self,
+        stream: impl Future<Output = Result<(), Refusal>>,
+    ) -> Result<(), Refusal> {
+        tokio::select! {
+            biased;
+            ended = stream => ended,
+            () = self.draining.over() => Err(shutting_down()),
+        }
+    }
+
+    /// A place for a stream, of its connection's and of all.
+    ///
+    /// # Errors
+    /// TOO_MANY_STREAMS.
+    pub(crate) fn stream_slot(&self, connection: &Connection) -> Result<Slot, Refusal> {
+        let of_connection = connection.stream_slot()?;
+        match Arc::clone(&self.stream_slots).try_acquire_owned() {
+            Ok(of_all) => Ok(Slot { _of_connection: of_connection, _of_all: of_all }),
+            Err(_) => {
+                let streams_max = self.config.limits.streams_max;
+                let message = format!("the broker has {streams_max} streams, as many as it may");
+                Err(Refusal::new(Reason::TooManyStreams, message).with("streams_max", streams_max))
+            }
+        }
+    }
+
+    /// Counts a refusal on its way out.
+    pub(crate) fn refused(&self, refusal: Refusal) -> tonic::Status {
+        self.metrics.refuse(refusal.reason);
+        tracing::debug!(
+            reason = refusal.reason.as_str(),
+            message = refusal.message,
+            "request refused"
+        );
+        refusal.into()
+    }
+}
+
+/// A stream's place; free again when dropped.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    _of_connection: StreamSlot,
+    _of_all: OwnedSemaphorePermit,
+}
+
+pub(crate) fn shutting_down() -> Refusal {
+    Refusal::new(Reason::ShuttingDown, "the broker is stopping").after(Duration::from_secs(1))
+}
+
+/// The broker's way to its end: streams are told to go, and have until a deadline.
+#[derive(Debug)]
+pub(crate) struct Draining {
+    token: CancellationToken,
+    deadline: Mutex<Option<Instant>>,
+}
+
+impl Draining {
+    pub(crate) fn new(token: CancellationToken) -> Self {
+        Self { token, deadline: Mutex::new(None) }
+    }
+
+    pub(crate) fn begin(&self, grace: Duration) {
+        self.deadline.lock().get_or_insert(Instant::now() + grace);
+        self.token.cancel();
+    }
+
+    pub(crate) fn begun(&self) -> bool {
+        self.token.is_cancelled()
+    }
+
+    /// Resolves when streams are to be told. Cancel-safe.
+    pub(crate) async fn started(&self) {
+        self.token.cancelled().await;
+    }
+
+    /// Resolves when streams must have ended. Cancel-safe.
+    pub(crate) async fn over(&self) {
+        self.token.cancelled().await;
+        let deadline = self.deadline.lock().unwrap_or_else(Instant::now);
+        sleep_until(deadline).await;
+    }
+
+    /// What streams tell their clients.
+    pub(crate) fn go_away(&self) -> GoAway {
+        let deadline = self.deadline.lock().unwrap_or_else(Instant::now);
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+        GoAway { drain_by_ms: u32::try_from(left).unwrap_or(u32::MAX), owner: None }
+    }
+}

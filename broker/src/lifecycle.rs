@@ -1,0 +1,304 @@
+//! The steps of a topic's and a subscription's life that touch both the catalog and the segments' owners (C6).
+//!
+//! Each is resumable: what a crash leaves half done, the next call of the same kind, or the next load of a segment,
+//! brings to its end.
+
+use std::sync::Arc;
+
+use geminga_managed_ledger::Start as CursorStart;
+use geminga_proto::{
+    admin::v1::CreateTopicRequest,
+    ids::{SegmentId, TopicId},
+    names::{SubscriptionName, TopicName},
+    reason::Reason,
+};
+use tokio::time::timeout;
+
+use crate::{
+    auth::Principal,
+    catalog::{Catalog, Start, State, Subscription, Topic},
+    context::Context,
+    errors::Refusal,
+    ownership::Segment,
+    storage_errors,
+};
+
+/// Tries to make a subscription ready; each lost one means that the layout or the key changed meanwhile.
+const TRIES_MAX: u32 = 16;
+
+/// Creates a topic; one whose deletion is half done is deleted first.
+///
+/// # Errors
+/// INVALID_REQUEST for too many segments; as [`Catalog::create_topic`].
+pub(crate) async fn create_topic(
+    context: &Context,
+    name: &TopicName,
+    segments: u32,
+) -> Result<Topic, Refusal> {
+    let segments_max = context.config.limits.segments_max;
+    if segments > segments_max {
+        return Err(Refusal::request(format!(
+            "segments is {segments}, at most {segments_max} are allowed"
+        ))
+        .with("segments_max", segments_max));
+    }
+    if let Some(topic) = context.catalog.find_topic(name).await?
+        && topic.deleting
+    {
+        finish_delete(context, &topic).await?;
+    }
+    context.catalog.create_topic(name, segments).await
+}
+
+/// The topic; created with one segment if it is missing, its namespace's policy allows it, and the caller may (S1).
+///
+/// # Errors
+/// TOPIC_NOT_FOUND, NAMESPACE_NOT_FOUND, TENANT_NOT_FOUND; PERMISSION_DENIED.
+pub(crate) async fn topic_or_create(
+    context: &Context,
+    principal: &Principal,
+    name: &TopicName,
+) -> Result<Topic, Refusal> {
+    let refusal = match context.catalog.topic(name).await {
+        Err(refusal) if refusal.reason == Reason::TopicNotFound => refusal,
+        done => return done,
+    };
+    let namespace = context.catalog.namespace(name.namespace()).await?;
+    if !context.config.auto_create_topics || !namespace.auto_create_topics {
+        return Err(refusal);
+    }
+    let request = CreateTopicRequest { name: name.to_string(), segments: 0 };
+    context.gate.check(principal, &request)?;
+    tracing::info!(topic = %name, "topic created on first use");
+    create_topic(context, name, 0).await
+}
+
+/// Deletes a topic with all its data. Its streams end with TOPIC_NOT_FOUND.
+///
+/// # Errors
+/// TOPIC_NOT_FOUND; what kept the rest, in which case the call is to be repeated.
+pub(crate) async fn delete_topic(context: &Context, name: &TopicName) -> Result<(), Refusal> {
+    let topic = match context.catalog.find_topic(name).await? {
+        Some(topic) => topic,
+        None => context.catalog.topic(name).await?, // gives the right refusal
+    };
+    context.catalog.mark_topic_deleting(&topic).await?;
+    finish_delete(context, &topic).await
+}
+
+async fn finish_delete(context: &Context, topic: &Topic) -> Result<(), Refusal> {
+    for segment in topic.segment_ids() {
+        let why = Refusal::new(Reason::TopicNotFound, format!("topic {} was deleted", topic.name));
+        context.ownership.delete_segment(segment, why).await?;
+    }
+    context.catalog.remove_topic(topic).await
+}
+
+/// Creates a subscription: its key as Creating, a cursor on every segment, then Ready (C6). `any_start` takes an existing
+/// one as it is.
+///
+/// # Errors
+/// ALREADY_EXISTS, TOPIC_NOT_FOUND, INVALID_REQUEST past the most subscriptions; what kept a segment from loading.
+pub(crate) async fn create_subscription(
+    context: &Context,
+    topic: &Topic,
+    name: &SubscriptionName,
+    start: Start,
+    any_start: bool,
+) -> Result<Subscription, Refusal> {
+    let catalog = &context.catalog;
+    if let Some(found) = catalog.find_subscription(topic.id, name).await? {
+        if found.state == State::Deleting {
+            delete_subscription(context, topic, name).await?;
+        }
+    } else {
+        let subscriptions_max = context.config.limits.subscriptions_max;
+        if catalog.all_subscriptions(topic).await?.len() >= subscriptions_max {
+            let message = format!(
+                "topic {} has {subscriptions_max} subscriptions, as many as it may",
+                topic.name
+            );
+            return Err(Refusal::request(message).with("subscriptions_max", subscriptions_max));
+        }
+    }
+    for _ in 0..TRIES_MAX {
+        let subscription = catalog.begin_subscription(topic, name, start, any_start).await?;
+        if subscription.state == State::Ready {
+            return Ok(subscription);
+        }
+        let Some(topic) = catalog.topic_by_id(topic.id).await?.filter(|topic| !topic.deleting)
+        else {
+            return Err(Refusal::new(
+                Reason::TopicNotFound,
+                format!("topic {} was deleted", topic.name),
+            ));
+        };
+        for id in topic.segment_ids() {
+            let segment = context.ownership.segment(id).await?;
+            ensure_cursor(&segment, &subscription).await?;
+        }
+        if !catalog.subscription_ready(&topic, &subscription).await? {
+            leave_no_cursor(context, &topic, &subscription).await?;
+        }
+        // Read again what stands now.
+    }
+    Err(Refusal::new(
+        Reason::MetadataUnavailable,
+        "the subscription is being changed by many; try again",
+    ))
+}
+
+/// Deletes a subscription: Deleting, its cursors, then the key. Its consumers' streams end.
+///
+/// # Errors
+/// SUBSCRIPTION_NOT_FOUND; what kept a segment from loading, in which case the call is to be repeated.
+pub(crate) async fn delete_subscription(
+    context: &Context,
+    topic: &Topic,
+    name: &SubscriptionName,
+) -> Result<(), Refusal> {
+    let Some(marked) = context.catalog.mark_subscription_deleting(topic.id, name).await? else {
+        return context.catalog.subscription(topic, name).await.map(drop); // gives the right refusal
+    };
+    remove_cursors(context, topic, &marked).await?;
+    context.catalog.remove_subscription(&marked).await
+}
+
+/// First the cursor, then the consumer: one that comes in between finds no cursor, or is ended.
+async fn remove_cursors(
+    context: &Context,
+    topic: &Topic,
+    subscription: &Subscription,
+) -> Result<(), Refusal> {
+    for id in topic.segment_ids() {
+        let segment = context.ownership.segment(id).await?;
+        let removed = segment.ledger().remove_cursor(subscription.id).await;
+        removed.map_err(|error| storage_errors::of_settle(&error))?;
+        segment.forget_subscription(subscription.id);
+    }
+    Ok(())
+}
+
+/// After a cursor was made: if the subscription was deleted meanwhile, the cursor may have come after the deletion's look at
+/// it, and would stay for ever. Whoever made it looks again, and takes it away. True if the subscription stands.
+async fn leave_no_cursor(
+    context: &Context,
+    topic: &Topic,
+    subscription: &Subscription,
+) -> Result<bool, Refusal> {
+    let now = context.catalog.find_subscription(topic.id, &subscription.name).await?;
+    let stands = now.is_some_and(|now| now.id == subscription.id && now.state != State::Deleting);
+    if !stands {
+        remove_cursors(context, topic, subscription).await?;
+    }
+    Ok(stands)
+}
+
+/// A cursor for a consumer to open. Streams open where the record is, never when Deleting (C6).
+///
+/// # Errors
+/// SUBSCRIPTION_NOT_FOUND when it was deleted meanwhile; SEGMENT_FENCED and the like.
+pub(crate) async fn open_cursor(
+    context: &Context,
+    topic: &Topic,
+    segment: &Segment,
+    subscription: &Subscription,
+) -> Result<(), Refusal> {
+    if ensure_cursor(segment, subscription).await?
+        && !leave_no_cursor(context, topic, subscription).await?
+    {
+        let message = format!("subscription {} was deleted", subscription.name);
+        return Err(Refusal::new(Reason::SubscriptionNotFound, message));
+    }
+    Ok(())
+}
+
+/// Makes the cursor of a subscription on a segment, if it is missing. One missing under Creating begins at `start`, one
+/// missing under Ready at the oldest entry kept (C4, C6). True if it was missing.
+///
+/// # Errors
+/// SEGMENT_FENCED and the like.
+async fn ensure_cursor(segment: &Segment, subscription: &Subscription) -> Result<bool, Refusal> {
+    segment.name_subscription(subscription.id, subscription.name.clone());
+    if segment.ledger().cursor(subscription.id).is_some() {
+        return Ok(false);
+    }
+    let start = match (subscription.state, subscription.start) {
+        (State::Creating, Start::Latest | Start::Unspecified) => CursorStart::Latest,
+        _ => CursorStart::Earliest,
+    };
+    segment
+        .ledger()
+        .create_cursor(subscription.id, start)
+        .await
+        .map(|()| true)
+        .map_err(|error| storage_errors::of_settle(&error))
+}
+
+/// C6: what stood half done for too long is driven on by the owner of segment 0: its maker died, or gave up.
+pub(crate) async fn drive_stalled_subscriptions(context: Arc<Context>) {
+    let stall = context.config.limits.subscription_stall;
+    loop {
+        tokio::time::sleep(stall / 4).await;
+        for (topic, name) in context.hub.stalled(stall) {
+            if context.ownership.loaded(SegmentId { topic, segment: 0 }).is_none() {
+                continue;
+            }
+            let driven = timeout(
+                context.config.limits.unary_deadline,
+                drive_subscription(&context, topic, &name),
+            );
+            match driven.await {
+                Ok(Ok(())) => {}
+                Ok(Err(refusal)) => {
+                    tracing::warn!(%topic, subscription = %name, %refusal, "half-done subscription stays so");
+                }
+                Err(_) => {
+                    tracing::warn!(%topic, subscription = %name, "half-done subscription stays so for now");
+                }
+            }
+        }
+    }
+}
+
+async fn drive_subscription(
+    context: &Context,
+    topic: TopicId,
+    name: &SubscriptionName,
+) -> Result<(), Refusal> {
+    let catalog = &context.catalog;
+    let Some(topic) = catalog.topic_by_id(topic).await?.filter(|topic| !topic.deleting) else {
+        return Ok(()); // goes with its topic
+    };
+    let Some(found) = catalog.find_subscription(topic.id, name).await? else { return Ok(()) };
+    tracing::info!(topic = %topic.name, subscription = %name, state = ?found.state, "subscription driven on");
+    match found.state {
+        State::Creating => {
+            create_subscription(context, &topic, name, found.start, true).await.map(drop)
+        }
+        State::Deleting => delete_subscription(context, &topic, name).await,
+        State::Ready | State::Unspecified => Ok(()),
+    }
+}
+
+/// Before a segment is served: every subscription's key has its cursor here, and none that is being deleted (C6).
+///
+/// # Errors
+/// What kept it; the segment is not served then.
+pub(crate) async fn restore_cursors(
+    catalog: &Catalog,
+    segment: &Arc<Segment>,
+) -> Result<(), Refusal> {
+    for subscription in catalog.all_subscriptions_of(segment.id().topic).await? {
+        match subscription.state {
+            State::Creating | State::Ready => {
+                ensure_cursor(segment, &subscription).await?;
+            }
+            State::Deleting | State::Unspecified => {
+                let removed = segment.ledger().remove_cursor(subscription.id).await;
+                removed.map_err(|error| storage_errors::of_settle(&error))?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,181 @@
+//! What the broker counts. Names are dotted with a unit; the exporter writes `broker.publish.bytes` as
+//! `geminga_broker_publish_bytes_total`.
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::{Registry, Unit},
+};
+
+/// Connections open now.
+pub const CONNECTIONS: &str = "broker.connections";
+/// Connections closed at once because there were too many.
+pub const CONNECTIONS_REFUSED: &str = "broker.connections.refused";
+/// Streams open now; `kind` = publish | consume | watch.
+pub const STREAMS: &str = "broker.streams";
+/// Refused calls, batches and settles; `reason` = one of the reasons.
+pub const REFUSED: &str = "broker.refused";
+/// Messages stored, duplicates not counted.
+pub const PUBLISH_MESSAGES: &str = "broker.publish.messages";
+/// Payload stored, as sent.
+pub const PUBLISH_BYTES: &str = "broker.publish.bytes";
+/// From a batch's arrival to its receipt.
+pub const PUBLISH_DURATION: &str = "broker.publish.duration";
+/// Batches answered as duplicate.
+pub const PUBLISH_DUPLICATES: &str = "broker.publish.duplicates";
+/// Messages given to consumers.
+pub const DISPATCH_MESSAGES: &str = "broker.dispatch.messages";
+/// Payload given to consumers, whole batches.
+pub const DISPATCH_BYTES: &str = "broker.dispatch.bytes";
+/// From a settle's arrival to its answer.
+pub const SETTLE_DURATION: &str = "broker.settle.duration";
+/// Segments served now.
+pub const SEGMENTS: &str = "broker.segments";
+/// From the first request for a segment to its being served.
+pub const SEGMENT_LOAD_DURATION: &str = "broker.segment.load.duration";
+/// Messages not settled, of the subscriptions on served segments.
+pub const BACKLOG: &str = "broker.subscription.backlog";
+
+/// The label of [`STREAMS`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct StreamKind {
+    pub kind: &'static str,
+}
+
+/// The label of [`REFUSED`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RefusedFor {
+    pub reason: &'static str,
+}
+
+/// The labels of [`BACKLOG`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct BacklogOf {
+    pub topic: String,
+    pub segment: u32,
+    pub subscription: String,
+}
+
+/// The broker's metrics. Clones count together.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    pub connections: Gauge,
+    pub connections_refused: Counter,
+    pub streams: Family<StreamKind, Gauge>,
+    pub refused: Family<RefusedFor, Counter>,
+    pub publish_messages: Counter,
+    pub publish_bytes: Counter,
+    pub publish_duration: Histogram,
+    pub publish_duplicates: Counter,
+    pub dispatch_messages: Counter,
+    pub dispatch_bytes: Counter,
+    pub settle_duration: Histogram,
+    pub segments: Gauge,
+    pub segment_load_duration: Histogram,
+    pub backlog: Family<BacklogOf, Gauge>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            connections: Gauge::default(),
+            connections_refused: Counter::default(),
+            streams: Family::default(),
+            refused: Family::default(),
+            publish_messages: Counter::default(),
+            publish_bytes: Counter::default(),
+            publish_duration: seconds(),
+            publish_duplicates: Counter::default(),
+            dispatch_messages: Counter::default(),
+            dispatch_bytes: Counter::default(),
+            settle_duration: seconds(),
+            segments: Gauge::default(),
+            segment_load_duration: seconds(),
+            backlog: Family::default(),
+        }
+    }
+}
+
+impl Metrics {
+    /// Registers all of them.
+    pub fn register(registry: &mut Registry) -> Self {
+        let m = Self::default();
+        let name = |dotted: &str| format!("geminga_{}", dotted.replace('.', "_"));
+        registry.register(name(CONNECTIONS), "Connections open now", m.connections.clone());
+        let refused = "Connections closed at once because there were too many";
+        registry.register(name(CONNECTIONS_REFUSED), refused, m.connections_refused.clone());
+        registry.register(name(STREAMS), "Streams open now", m.streams.clone());
+        registry.register(name(REFUSED), "Refused calls, batches and settles", m.refused.clone());
+        registry.register(name(PUBLISH_MESSAGES), "Messages stored", m.publish_messages.clone());
+        registry.register(name(PUBLISH_BYTES), "Payload bytes stored", m.publish_bytes.clone());
+        registry.register_with_unit(
+            name(PUBLISH_DURATION),
+            "From a batch's arrival to its receipt",
+            Unit::Seconds,
+            m.publish_duration.clone(),
+        );
+        registry.register(
+            name(PUBLISH_DUPLICATES),
+            "Batches stored before",
+            m.publish_duplicates.clone(),
+        );
+        registry.register(
+            name(DISPATCH_MESSAGES),
+            "Messages given to consumers",
+            m.dispatch_messages.clone(),
+        );
+        registry.register(
+            name(DISPATCH_BYTES),
+            "Payload bytes given to consumers",
+            m.dispatch_bytes.clone(),
+        );
+        registry.register_with_unit(
+            name(SETTLE_DURATION),
+            "From a settle's arrival to its answer",
+            Unit::Seconds,
+            m.settle_duration.clone(),
+        );
+        registry.register(name(SEGMENTS), "Segments served now", m.segments.clone());
+        registry.register_with_unit(
+            name(SEGMENT_LOAD_DURATION),
+            "From the first request for a segment to its being served",
+            Unit::Seconds,
+            m.segment_load_duration.clone(),
+        );
+        registry.register(name(BACKLOG), "Messages not settled", m.backlog.clone());
+        m
+    }
+
+    /// Counts a stream of this kind as open until the guard is dropped.
+    #[must_use]
+    pub fn stream(&self, kind: &'static str) -> OpenStream {
+        let gauge = self.streams.get_or_create(&StreamKind { kind }).clone();
+        gauge.inc();
+        OpenStream(gauge)
+    }
+
+    /// Counts a refusal.
+    pub fn refuse(&self, reason: geminga_proto::reason::Reason) {
+        self.refused.get_or_create(&RefusedFor { reason: reason.as_str() }).inc();
+    }
+}
+
+/// A stream that is counted as open.
+#[derive(Debug)]
+pub struct OpenStream(Gauge);
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// Buckets from 100 us to 26 s.
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_1, 2.0, 19))
+}

@@ -1,0 +1,144 @@
+//! A segment in service: its log, the topic it belongs to, and who consumes it.
+
+use std::{collections::BTreeMap, fmt};
+
+use geminga_managed_ledger::{ManagedLedger, Status};
+use geminga_proto::{
+    ids::{Epoch, SegmentId, SubscriptionId},
+    names::{SubscriptionName, TopicName},
+    reason::Reason,
+};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::{
+    errors::Refusal,
+    metrics::{BacklogOf, Metrics},
+    publish::Anonymous,
+    subscription::Consumers,
+};
+
+/// A loaded segment. It serves until it is fenced or ended; streams on it end then.
+pub struct Segment {
+    id: SegmentId,
+    topic: TopicName,
+    ledger: ManagedLedger,
+    consumers: Consumers,
+    subscriptions: Mutex<BTreeMap<SubscriptionId, SubscriptionName>>,
+    anonymous: Anonymous,
+    ended: watch::Sender<Option<Refusal>>,
+}
+
+impl fmt::Debug for Segment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Segment").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Segment {
+    pub(super) fn new(id: SegmentId, topic: TopicName, ledger: ManagedLedger) -> Self {
+        Self {
+            id,
+            topic,
+            ledger,
+            consumers: Consumers::default(),
+            subscriptions: Mutex::new(BTreeMap::new()),
+            anonymous: Anonymous::default(),
+            ended: watch::Sender::new(None),
+        }
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> SegmentId {
+        self.id
+    }
+
+    /// Its topic's name.
+    #[must_use]
+    pub fn topic(&self) -> &TopicName {
+        &self.topic
+    }
+
+    /// The ownership epoch it is served under.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.ledger.epoch()
+    }
+
+    /// Its log.
+    #[must_use]
+    pub fn ledger(&self) -> &ManagedLedger {
+        &self.ledger
+    }
+
+    /// Who consumes its subscriptions.
+    #[must_use]
+    pub fn consumers(&self) -> &Consumers {
+        &self.consumers
+    }
+
+    /// The producer behind unary calls that name none.
+    pub(crate) fn anonymous(&self) -> &Anonymous {
+        &self.anonymous
+    }
+
+    /// Remembers the name of a subscription with a cursor here, for the backlog metric.
+    pub fn name_subscription(&self, id: SubscriptionId, name: SubscriptionName) {
+        self.subscriptions.lock().insert(id, name);
+    }
+
+    /// Forgets a subscription and ends its consumer.
+    pub fn forget_subscription(&self, id: SubscriptionId) {
+        self.subscriptions.lock().remove(&id);
+        self.consumers.end(id);
+    }
+
+    /// Ends its streams. The first reason stands.
+    pub fn end(&self, why: Refusal) {
+        self.ended.send_if_modified(|ended| {
+            let first = ended.is_none();
+            ended.get_or_insert(why);
+            first
+        });
+    }
+
+    /// Resolves when streams on it must end, with the reason. Cancel-safe.
+    pub async fn ended(&self) -> Refusal {
+        let mut ended = self.ended.subscribe();
+        match ended.wait_for(Option::is_some).await {
+            Ok(why) => why.clone().expect("waited for it"),
+            Err(_) => fenced("the segment is no longer served"),
+        }
+    }
+
+    /// Resolves when its log serves no more, or it was ended otherwise. Cancel-safe.
+    pub(super) async fn fenced(&self) -> Refusal {
+        let mut status = self.ledger.status();
+        tokio::select! {
+            biased;
+            why = self.ended() => why,
+            status = status.wait_for(|status| !matches!(status, Status::Serving)) => match status {
+                Ok(status) => fenced(&format!("the segment is no longer served here: {:?}", *status)),
+                Err(_) => fenced("the segment is no longer served here"),
+            },
+        }
+    }
+
+    pub(super) fn report_backlog(&self, metrics: &Metrics) {
+        for (id, name) in self.subscriptions.lock().iter() {
+            let Some(cursor) = self.ledger.cursor(*id) else { continue };
+            let labels = BacklogOf {
+                topic: self.topic.to_string(),
+                segment: self.id.segment,
+                subscription: name.to_string(),
+            };
+            let backlog = i64::try_from(cursor.backlog).unwrap_or(i64::MAX);
+            metrics.backlog.get_or_create(&labels).set(backlog);
+        }
+    }
+}
+
+fn fenced(message: &str) -> Refusal {
+    Refusal::new(Reason::SegmentFenced, message)
+}

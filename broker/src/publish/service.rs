@@ -1,0 +1,155 @@
+//! The gRPC service `Publisher`: opens publish streams, and takes single batches.
+
+use futures::{Stream, StreamExt};
+use geminga_managed_ledger::{ProducerIdentity, ProducerOpen};
+use geminga_proto::{
+    names::{ProducerName, TopicName},
+    reason::Reason,
+    v1::{
+        OpenPublish, PublishFrame, PublishOpened, PublishReply, PublishRequest, PublishResponse,
+        publish_frame::Frame, publish_reply::Reply, publisher_server::Publisher,
+    },
+};
+use tokio::time::timeout;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
+
+use super::{
+    check_layout,
+    order::Window,
+    stream::{PublishStream, reply},
+    unary,
+};
+use crate::{
+    context::Shared,
+    errors::{Refusal, unreadable},
+    lifecycle,
+    listener::{Connection, Outbox, OutboxStream, outbox},
+    storage_errors,
+};
+
+/// The service.
+#[derive(Clone, Debug)]
+pub(crate) struct PublisherService(pub(crate) Shared);
+
+#[tonic::async_trait]
+impl Publisher for PublisherService {
+    type PublishStreamStream = OutboxStream<PublishReply>;
+
+    async fn publish(
+        &self,
+        request: Request<PublishRequest>,
+    ) -> Result<Response<PublishResponse>, Status> {
+        let connection = Connection::of(&request, &self.0.config.limits);
+        let stored = unary::publish(&self.0, &connection, request.into_inner()).await;
+        stored.map(Response::new).map_err(|refusal| self.0.refused(refusal))
+    }
+
+    async fn publish_stream(
+        &self,
+        request: Request<Streaming<PublishFrame>>,
+    ) -> Result<Response<Self::PublishStreamStream>, Status> {
+        let shared = self.0.clone();
+        let connection = Connection::of(&request, &shared.config.limits);
+        let slot = shared.stream_slot(&connection).map_err(|refusal| shared.refused(refusal))?;
+        let (sender, stream) = outbox(shared.config.limits.outbox_bytes_max);
+        let inbound = request.into_inner();
+        let task = async move {
+            let _slot = slot;
+            let _open = shared.metrics.stream("publish");
+            let result = shared.until_over(serve(&shared, connection, inbound, &sender)).await;
+            if let Err(refusal) = &result {
+                shared.metrics.refuse(refusal.reason);
+                tracing::debug!(
+                    reason = refusal.reason.as_str(),
+                    message = refusal.message,
+                    "publish stream ended"
+                );
+            }
+            sender.finish(result);
+        };
+        self.0.streams.spawn("publish stream", task);
+        Ok(Response::new(stream))
+    }
+}
+
+async fn serve<I>(
+    shared: &Shared,
+    connection: Connection,
+    mut inbound: I,
+    outbox: &Outbox<PublishReply>,
+) -> Result<(), Refusal>
+where
+    I: Stream<Item = Result<PublishFrame, Status>> + Unpin,
+{
+    let open = match timeout(shared.config.limits.open_deadline, inbound.next()).await {
+        Err(_) => return Err(Refusal::new(Reason::UnexpectedFrame, "no open frame came in time")),
+        Ok(None) => return Ok(()),
+        Ok(Some(Err(status))) => return Err(unreadable(&status)),
+        Ok(Some(Ok(PublishFrame { frame: Some(Frame::Open(open)) }))) => open,
+        Ok(Some(Ok(_))) => {
+            return Err(Refusal::new(
+                Reason::UnexpectedFrame,
+                "the first frame must open the stream",
+            ));
+        }
+    };
+    let span = tracing::info_span!("publish", topic = open.topic, segment = open.segment);
+    async {
+        let stream = open_stream(shared, connection, open, inbound, outbox).await?;
+        stream.run(outbox).await
+    }
+    .instrument(span)
+    .await
+}
+
+async fn open_stream<I>(
+    shared: &Shared,
+    connection: Connection,
+    open: OpenPublish,
+    inbound: I,
+    outbox: &Outbox<PublishReply>,
+) -> Result<PublishStream<I>, Refusal> {
+    shared.admit(&connection, &open)?;
+    let identity = identity(&open)?;
+    let name = TopicName::parse(&open.topic)?;
+    let topic = lifecycle::topic_or_create(shared, connection.principal(), &name).await?;
+    check_layout(&topic, open.layout_epoch)?;
+    let segment = shared.ownership.segment(topic.segment(open.segment)?).await?;
+    let request = ProducerOpen { identity, stream_number: open.stream_number };
+    let opened = segment.ledger().open_producer(request).await;
+    let producer = opened.map_err(|error| storage_errors::of_producer(&error))?;
+    let limits = &shared.config.limits;
+    let window = Window::new(limits.publish_window_batches, limits.publish_window_bytes);
+    let granted = window.granted();
+    let greeting = PublishOpened {
+        producer_name: producer.name.clone(),
+        resume_token: producer.token.clone(),
+        producer_epoch: producer.epoch,
+        last_persisted_sequence: producer.persisted,
+        layout_epoch: topic.layout_epoch,
+        max_batch_bytes: u32::try_from(limits.batch_bytes_max).unwrap_or(u32::MAX),
+        max_message_bytes: u32::try_from(limits.message_bytes_max).unwrap_or(u32::MAX),
+        granted_batches: granted.granted_batches,
+        granted_bytes: granted.granted_bytes,
+    };
+    outbox.push(reply(Reply::Opened(greeting)), 0);
+    Ok(PublishStream {
+        shared: shared.clone(),
+        connection,
+        segment,
+        pushed: producer.persisted,
+        producer,
+        stream_number: open.stream_number,
+        inbound,
+        window,
+    })
+}
+
+fn identity(open: &OpenPublish) -> Result<ProducerIdentity, Refusal> {
+    match (open.producer_name.as_str(), open.resume_token.is_empty()) {
+        (_, false) => Ok(ProducerIdentity::Resume(open.resume_token.clone())),
+        ("", true) => Ok(ProducerIdentity::Session),
+        (name, true) => Ok(ProducerIdentity::Named(ProducerName::parse(name)?)),
+    }
+}

@@ -1,0 +1,101 @@
+//! What the managed ledger answers, as reasons for clients. The other half of [`crate::errors`]: nothing else translates.
+
+use std::time::Duration;
+
+use geminga_managed_ledger::{
+    DeleteError, LoadError, ProducerError, PublishError, ReadError, SettleError,
+};
+use geminga_proto::reason::Reason;
+
+use crate::errors::Refusal;
+
+/// Pause before a segment that cannot be served now is asked for again.
+const LOADING_DELAY: Duration = Duration::from_millis(500);
+
+/// Whether the claim is to be made again before the next load.
+pub(crate) fn lost_claim(error: &LoadError) -> bool {
+    matches!(error, LoadError::ClaimLost)
+}
+
+pub(crate) fn of_load(error: &LoadError) -> Refusal {
+    match error {
+        LoadError::NotFound => Refusal::new(Reason::TopicNotFound, error.to_string()),
+        LoadError::ClaimLost | LoadError::Unavailable(_) => loading(error),
+        LoadError::Damaged(_) => Refusal::internal(error),
+        LoadError::Stopped => stopping(error),
+    }
+}
+
+pub(crate) fn of_delete(error: &DeleteError) -> Refusal {
+    match error {
+        DeleteError::Unavailable(_) => loading(error),
+        DeleteError::Damaged(_) => Refusal::internal(error),
+        DeleteError::Stopped => stopping(error),
+    }
+}
+
+pub(crate) fn of_producer(error: &ProducerError) -> Refusal {
+    let refuse = |reason| Refusal::new(reason, error.to_string());
+    match error {
+        ProducerError::StaleStream { current } => {
+            refuse(Reason::ProducerFenced).with("stream_number", current)
+        }
+        ProducerError::UnknownSession => refuse(Reason::ProducerExpired),
+        ProducerError::TooManyProducers { limit } => {
+            refuse(Reason::TooManyProducers).with("producers_max", limit)
+        }
+        ProducerError::Busy => refuse(Reason::Busy),
+        ProducerError::Fenced => refuse(Reason::SegmentFenced),
+        ProducerError::Closed => loading(error),
+    }
+}
+
+pub(crate) fn of_publish(error: &PublishError) -> Refusal {
+    let refuse = |reason| Refusal::new(reason, error.to_string());
+    match error {
+        PublishError::OutOfSequence { pushed } => {
+            refuse(Reason::OutOfSequence).with("pushed_sequence", pushed)
+        }
+        PublishError::SequenceConflict => refuse(Reason::SequenceConflict),
+        PublishError::StaleStream => refuse(Reason::ProducerFenced),
+        PublishError::UnknownProducer => refuse(Reason::ProducerExpired),
+        PublishError::Invalid(_) => refuse(Reason::InvalidRequest),
+        PublishError::TooLarge { .. } => refuse(Reason::MessageTooLarge),
+        PublishError::NotEnoughBookies(_) => refuse(Reason::NotEnoughBookies),
+        PublishError::Busy => refuse(Reason::Busy),
+        PublishError::Fenced => refuse(Reason::SegmentFenced),
+        PublishError::Closed => loading(error),
+    }
+}
+
+pub(crate) fn of_read(error: &ReadError) -> Refusal {
+    match error {
+        ReadError::Trimmed { .. } | ReadError::Unavailable(_) => loading(error),
+        ReadError::Damaged(_) => Refusal::new(Reason::ReadDamaged, error.to_string()),
+        ReadError::Fenced => Refusal::new(Reason::SegmentFenced, error.to_string()),
+    }
+}
+
+pub(crate) fn of_settle(error: &SettleError) -> Refusal {
+    let refuse = |reason| Refusal::new(reason, error.to_string());
+    match error {
+        SettleError::UnknownCursor => refuse(Reason::SubscriptionNotFound),
+        SettleError::OutOfRange { .. } => refuse(Reason::InvalidHandle),
+        SettleError::TooManyHoles { limit } => refuse(Reason::CursorLimit).with("holes_max", limit),
+        SettleError::TooManyCursors { limit } => {
+            refuse(Reason::InvalidRequest).with("cursors_max", limit)
+        }
+        SettleError::NotEnoughBookies(_) => refuse(Reason::NotEnoughBookies),
+        SettleError::Busy => refuse(Reason::Busy),
+        SettleError::Fenced => refuse(Reason::SegmentFenced),
+        SettleError::Closed => loading(error),
+    }
+}
+
+fn loading(error: &dyn std::error::Error) -> Refusal {
+    Refusal::new(Reason::SegmentLoading, error.to_string()).after(LOADING_DELAY)
+}
+
+fn stopping(error: &dyn std::error::Error) -> Refusal {
+    Refusal::new(Reason::ShuttingDown, error.to_string())
+}

@@ -1,0 +1,380 @@
+//! Every reason of the enum is forced through gRPC and arrives with its code, `ErrorInfo` and, where a retry helps, a delay.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::{FutureExt, future::BoxFuture};
+use geminga_broker::auth::{Action, Authorizer, Principal, Resource};
+use geminga_metadata::{MetadataStore, Op, Txn, keys};
+use geminga_proto::{
+    admin::v1::{
+        CreateTenantRequest, CreateTopicRequest, DeleteNamespaceRequest, DescribeNamespaceRequest,
+        DescribeTenantRequest, DescribeTopicRequest, ListTenantsRequest,
+    },
+    reason::Reason,
+    v1::{
+        Accept, AcceptUpTo, Batch, OffsetRange, OpenConsume, OpenPublish, PublishRequest, Settle,
+        SettleRequest, publish_frame, settle::Verb,
+    },
+};
+use geminga_runtime::tasks::Tasks;
+use tonic::Status;
+
+use crate::harness::{Client, Cluster, batch, eventually, fact, open_consume, reason};
+
+const TOPIC: &str = "public/default/t";
+
+#[tokio::test]
+async fn every_reason_can_be_forced_and_arrives_typed() {
+    let forced = Reason::ALL.iter().map(|wanted| async move {
+        let status = force(*wanted).await;
+        assert_eq!(reason(&status), *wanted, "{status:?}");
+    });
+    futures::future::join_all(forced).await;
+}
+
+/// What forces each of them; a reason without a line does not compile.
+fn force(wanted: Reason) -> BoxFuture<'static, Status> {
+    match wanted {
+        Reason::InvalidName => invalid_name().boxed(),
+        Reason::InvalidRequest => invalid_request().boxed(),
+        Reason::UnexpectedFrame => unexpected_frame().boxed(),
+        Reason::TenantNotFound => tenant_not_found().boxed(),
+        Reason::NamespaceNotFound => namespace_not_found().boxed(),
+        Reason::TopicNotFound => topic_not_found().boxed(),
+        Reason::SubscriptionNotFound => subscription_not_found().boxed(),
+        Reason::SegmentNotFound => segment_not_found().boxed(),
+        Reason::AlreadyExists => already_exists().boxed(),
+        Reason::NotEmpty => not_empty().boxed(),
+        Reason::LayoutChanged => layout_changed().boxed(),
+        Reason::NotOwner => not_owner().boxed(),
+        Reason::SegmentLoading => segment_loading().boxed(),
+        Reason::SegmentFenced => segment_fenced().boxed(),
+        Reason::NotEnoughBookies => not_enough_bookies().boxed(),
+        Reason::MetadataUnavailable => metadata_unavailable().boxed(),
+        Reason::OutOfSequence => out_of_sequence().boxed(),
+        Reason::SequenceConflict => sequence_conflict().boxed(),
+        Reason::ProducerFenced => producer_fenced().boxed(),
+        Reason::ProducerExpired => producer_expired().boxed(),
+        Reason::TooManyProducers => too_many_producers().boxed(),
+        Reason::MessageTooLarge => message_too_large().boxed(),
+        Reason::CreditExceeded => credit_exceeded().boxed(),
+        Reason::Busy => busy().boxed(),
+        Reason::TooManyStreams => too_many_streams().boxed(),
+        Reason::ConsumerExists => consumer_exists().boxed(),
+        Reason::InvalidHandle => invalid_handle().boxed(),
+        Reason::CursorLimit => cursor_limit().boxed(),
+        Reason::ReadDamaged => read_damaged().boxed(),
+        Reason::PermissionDenied => permission_denied().boxed(),
+        Reason::ShuttingDown => shutting_down().boxed(),
+        Reason::DeadlineExceeded => deadline_exceeded().boxed(),
+        Reason::Internal => internal().boxed(),
+    }
+}
+
+fn refusal<T>(result: Result<T, Status>) -> Status {
+    result.map(|_| "an answer").expect_err("refused")
+}
+
+async fn cluster_with_topic() -> (Cluster, Client) {
+    let cluster = Cluster::start().await;
+    let client = cluster.client().await;
+    client.topic(TOPIC, 1).await;
+    (cluster, client)
+}
+
+fn unary(name: &str, batch: Batch) -> PublishRequest {
+    PublishRequest {
+        topic: TOPIC.into(),
+        producer_name: name.into(),
+        batch: Some(batch),
+        ..PublishRequest::default()
+    }
+}
+
+fn named(name: &str, stream_number: u64) -> OpenPublish {
+    OpenPublish {
+        topic: TOPIC.into(),
+        producer_name: name.into(),
+        stream_number,
+        ..OpenPublish::default()
+    }
+}
+
+async fn invalid_name() -> Status {
+    let cluster = Cluster::start().await;
+    let request = CreateTenantRequest { name: "a b".into() };
+    refusal(cluster.client().await.admin().create_tenant(request).await)
+}
+
+async fn invalid_request() -> Status {
+    let cluster = Cluster::start().await;
+    let request = CreateTopicRequest { name: TOPIC.into(), segments: 101 };
+    let status = refusal(cluster.client().await.admin().create_topic(request).await);
+    assert_eq!(fact(&status, "segments_max"), "100");
+    status
+}
+
+async fn unexpected_frame() -> Status {
+    let cluster = Cluster::start().await;
+    let mut early = cluster.client().await.raw_publish().await.expect("begun");
+    early.send(publish_frame::Frame::Batch(batch(0, 1, "x"))).await;
+    refusal(early.reply().await)
+}
+
+async fn tenant_not_found() -> Status {
+    let cluster = Cluster::start().await;
+    let request = DescribeTenantRequest { name: "none".into() };
+    refusal(cluster.client().await.admin().describe_tenant(request).await)
+}
+
+async fn namespace_not_found() -> Status {
+    let cluster = Cluster::start().await;
+    let request = DescribeNamespaceRequest { name: "public/none".into() };
+    refusal(cluster.client().await.admin().describe_namespace(request).await)
+}
+
+async fn topic_not_found() -> Status {
+    let cluster = Cluster::start().await;
+    let request = DescribeTopicRequest { name: TOPIC.into() };
+    refusal(cluster.client().await.admin().describe_topic(request).await)
+}
+
+async fn subscription_not_found() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let open = OpenConsume { create_at: None, ..open_consume(TOPIC, "s") };
+    refusal(client.open_consumer(open).await)
+}
+
+async fn segment_not_found() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let status = refusal(client.open_producer(OpenPublish { segment: 7, ..named("", 0) }).await);
+    assert_eq!(fact(&status, "layout_epoch"), "1");
+    status
+}
+
+async fn already_exists() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let request = CreateTopicRequest { name: TOPIC.into(), segments: 2 };
+    let status = refusal(client.admin().create_topic(request).await);
+    assert_eq!(fact(&status, "segments"), "1");
+    status
+}
+
+async fn not_empty() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let request = DeleteNamespaceRequest { name: "public/default".into() };
+    refusal(client.admin().delete_namespace(request).await)
+}
+
+async fn layout_changed() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let open = OpenPublish { layout_epoch: 9, ..named("", 0) };
+    let status = refusal(client.open_producer(open).await);
+    assert_eq!(fact(&status, "layout_epoch"), "1");
+    status
+}
+
+/// The answer names the owner, so that the client needs no look-up.
+async fn not_owner() -> Status {
+    let (cluster, client) = cluster_with_topic().await;
+    client.producer(TOPIC).await;
+    let (other, _segments) = cluster.another_broker("broker-1", |_| {}).await;
+    let status = refusal(Client::of(&other).await.open_producer(named("", 0)).await);
+    assert_eq!(fact(&status, "owner_address"), cluster.broker().address().to_string());
+    assert_eq!(fact(&status, "owner_segment"), "0");
+    assert_eq!(fact(&status, "layout_epoch"), "1");
+    status
+}
+
+/// The claim of the run before stands until its lease has run out.
+async fn segment_loading() -> Status {
+    let (mut cluster, client) = cluster_with_topic().await;
+    client.producer(TOPIC).await;
+    cluster.kill().await;
+    cluster.start_broker(|_| {}).await;
+    refusal(cluster.client().await.open_producer(named("", 0)).await)
+}
+
+async fn segment_fenced() -> Status {
+    let (cluster, client) = cluster_with_topic().await;
+    let mut producer = client.producer(TOPIC).await;
+    producer.publish(1, "ours").await;
+    cluster.take_over(TOPIC).await;
+    producer.send(1, "too late").await;
+    refusal(producer.raw.reply().await)
+}
+
+async fn not_enough_bookies() -> Status {
+    let (cluster, client) = cluster_with_topic().await;
+    cluster.register_bookies(false).await;
+    refusal(client.publisher().publish(unary("", batch(0, 1, "x"))).await)
+}
+
+async fn metadata_unavailable() -> Status {
+    let cluster = Cluster::start().await;
+    let client = cluster.client().await;
+    cluster.store.set_partitioned(true);
+    refusal(client.admin().list_tenants(ListTenantsRequest::default()).await)
+}
+
+async fn out_of_sequence() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let status = refusal(client.publisher().publish(unary("p", batch(5, 1, "x"))).await);
+    assert_eq!(fact(&status, "pushed_sequence"), "0");
+    status
+}
+
+async fn sequence_conflict() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    client.publisher().publish(unary("p", batch(0, 3, "abc"))).await.expect("stored");
+    refusal(client.publisher().publish(unary("p", batch(0, 5, "abcde"))).await)
+}
+
+async fn producer_fenced() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let _newer = client.open_producer(named("p", 5)).await.expect("opened");
+    let status = refusal(client.open_producer(named("p", 4)).await);
+    assert_eq!(fact(&status, "stream_number"), "5");
+    status
+}
+
+async fn producer_expired() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let open = OpenPublish { resume_token: "session:forgotten".into(), ..named("", 1) };
+    refusal(client.open_producer(open).await)
+}
+
+async fn too_many_producers() -> Status {
+    let cluster = Cluster::start_as(|settings| settings.managed.producers_max = 1).await;
+    let client = cluster.client().await;
+    client.open_producer(named("one", 1)).await.expect("opened");
+    let status = refusal(client.open_producer(named("two", 1)).await);
+    assert_eq!(fact(&status, "producers_max"), "1");
+    status
+}
+
+async fn message_too_large() -> Status {
+    let cluster = Cluster::start_with(|config| config.limits.message_bytes_max = 100).await;
+    let request = unary("", batch(0, 1, vec![0; 101]));
+    let status = refusal(cluster.client().await.publisher().publish(request).await);
+    assert_eq!(fact(&status, "message_bytes_max"), "100");
+    status
+}
+
+async fn credit_exceeded() -> Status {
+    let cluster = Cluster::start_with(|config| config.limits.publish_window_batches = 0).await;
+    let mut producer = cluster.client().await.producer(TOPIC).await;
+    producer.send(1, "x").await;
+    refusal(producer.raw.reply().await)
+}
+
+async fn busy() -> Status {
+    let cluster = Cluster::start_with(|config| {
+        config.limits.broker_bytes_max = 1_000;
+        config.limits.busy_after = Duration::from_millis(50);
+    })
+    .await;
+    let client = cluster.client().await;
+    let mut producer = client.producer(TOPIC).await;
+    cluster.cut_bookies_off(true);
+    producer.send(1, vec![0; 1_000]).await;
+    eventually("the batch holds the budget", async || cluster.broker().held().publish_bytes > 0)
+        .await;
+    refusal(client.publisher().publish(unary("", batch(0, 1, "x"))).await)
+}
+
+async fn too_many_streams() -> Status {
+    let cluster = Cluster::start_with(|config| config.limits.streams_per_connection_max = 1).await;
+    let client = cluster.client().await;
+    let _only = client.producer(TOPIC).await;
+    let status = refusal(client.raw_publish().await);
+    assert_eq!(fact(&status, "streams_max"), "1");
+    status
+}
+
+async fn consumer_exists() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let _first = client.consumer(TOPIC, "s").await;
+    let status = refusal(client.open_consumer(open_consume(TOPIC, "s")).await);
+    assert_eq!(fact(&status, "consumer"), "tester");
+    status
+}
+
+fn settle(verb: Verb) -> SettleRequest {
+    let settle = Some(Settle { token: 1, verb: Some(verb) });
+    SettleRequest { topic: TOPIC.into(), segment: 0, subscription: "s".into(), settle }
+}
+
+async fn invalid_handle() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let _consumer = client.consumer(TOPIC, "s").await;
+    let verb = Verb::AcceptUpTo(AcceptUpTo { offset: 0, handle: vec![1; 24].into() });
+    refusal(client.subscriber().settle(settle(verb)).await)
+}
+
+async fn cursor_limit() -> Status {
+    let cluster = Cluster::start_as(|settings| settings.managed.holes_max = 1).await;
+    let client = cluster.client().await;
+    client.producer(TOPIC).await.publish(10, "x").await;
+    let mut consumer = client.consumer(TOPIC, "s").await;
+    consumer.deliveries(10).await;
+    let ranges = [2, 4, 6].map(|offset| OffsetRange { first: offset, last: offset }).to_vec();
+    let verb = Verb::Accept(Accept { ranges, handle: consumer.handle.clone() });
+    let status = refusal(client.subscriber().settle(settle(verb)).await);
+    assert_eq!(fact(&status, "holes_max"), "1");
+    status
+}
+
+async fn read_damaged() -> Status {
+    let (cluster, client) = cluster_with_topic().await;
+    client.producer(TOPIC).await.publish(1, "lost").await; // nobody consumes: it is not kept in memory
+    cluster.lose_all_copies();
+    let mut consumer = client.consumer(TOPIC, "s").await;
+    refusal(consumer.reply().await)
+}
+
+#[derive(Debug)]
+struct Nothing;
+
+impl Authorizer for Nothing {
+    fn allows(&self, _: &Principal, _: Action, _: &Resource) -> bool {
+        false
+    }
+}
+
+async fn permission_denied() -> Status {
+    let cluster = Cluster::start_as(|settings| settings.authorizer = Arc::new(Nothing)).await;
+    let client = cluster.client().await;
+    let status = refusal(client.admin().list_tenants(ListTenantsRequest::default()).await);
+    assert_eq!(
+        (fact(&status, "action").as_str(), fact(&status, "resource").as_str()),
+        ("List", "the cluster")
+    );
+    status
+}
+
+async fn shutting_down() -> Status {
+    let (mut cluster, client) = cluster_with_topic().await;
+    let mut producer = client.producer(TOPIC).await;
+    let broker = cluster.broker.take().expect("it runs");
+    Tasks::new("test").spawn("shutdown", broker.shutdown(Duration::from_secs(5)));
+    producer.raw.reply().await.expect("told to go");
+    refusal(client.admin().list_tenants(ListTenantsRequest::default()).await)
+}
+
+async fn deadline_exceeded() -> Status {
+    let cluster = Cluster::start_with(|config| {
+        config.limits.unary_deadline = Duration::from_millis(50);
+    })
+    .await;
+    cluster.cut_bookies_off(true);
+    let request = unary("p", batch(0, 1, "x"));
+    refusal(cluster.client().await.publisher().publish(request).await)
+}
+
+async fn internal() -> Status {
+    let (cluster, client) = cluster_with_topic().await;
+    let key = keys::topic(cluster.topic_id(TOPIC).await);
+    cluster.store.txn(Txn::new().then(Op::put(key, vec![0xff]))).await.expect("written");
+    refusal(client.admin().describe_topic(DescribeTopicRequest { name: TOPIC.into() }).await)
+}

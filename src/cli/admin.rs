@@ -1,0 +1,281 @@
+//! `geminga tenant|namespace|topic|sub create|ls|describe|delete`.
+
+use clap::Subcommand;
+use geminga_client::{SubscriptionName, TenantName, namespace_name, topic_name};
+use geminga_proto::admin::v1::{Namespace, Subscription, Tenant, Topic};
+use serde_json::{Value, json};
+
+use super::{Global, consume::From, exit::Failure, output};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TenantCommand {
+    /// Create a tenant; created twice is no error.
+    Create { name: String },
+    /// List tenants.
+    #[command(alias = "list")]
+    Ls,
+    /// Show one tenant.
+    Describe { name: String },
+    /// Delete an empty tenant.
+    Delete { name: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NamespaceCommand {
+    /// Create a namespace; created twice alike is no error.
+    Create {
+        /// tenant/namespace, or a namespace of public.
+        name: String,
+        /// Whether a missing topic is created on first use.
+        #[arg(long)]
+        auto_create_topics: Option<bool>,
+    },
+    /// List the namespaces of a tenant.
+    #[command(alias = "list")]
+    Ls {
+        #[arg(default_value = "public")]
+        tenant: String,
+    },
+    /// Show one namespace.
+    Describe { name: String },
+    /// Delete an empty namespace.
+    Delete { name: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TopicCommand {
+    /// Create a topic; created twice alike is no error.
+    Create {
+        /// tenant/namespace/topic, or a topic of public/default.
+        name: String,
+        /// Key ranges of equal size, each an ordered log of its own.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+        segments: u32,
+    },
+    /// List the topics of a namespace.
+    #[command(alias = "list")]
+    Ls {
+        #[arg(default_value = "public/default")]
+        namespace: String,
+    },
+    /// Show one topic with its segments.
+    Describe { name: String },
+    /// Delete a topic with everything in it.
+    Delete { name: String },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SubCommand {
+    /// Create a subscription; created twice alike is no error.
+    Create {
+        topic: String,
+        name: String,
+        /// Where it begins.
+        #[arg(long, value_enum, default_value_t = From::Latest)]
+        from: From,
+    },
+    /// List the subscriptions of a topic.
+    #[command(alias = "list")]
+    Ls { topic: String },
+    /// Show one subscription with its backlog.
+    Describe { topic: String, name: String },
+    /// Delete a subscription; what it had not accepted is forgotten.
+    Delete { topic: String, name: String },
+}
+
+pub(crate) async fn tenant(command: TenantCommand, global: &Global) -> Result<(), Failure> {
+    let admin = global.client().await?.admin();
+    match command {
+        TenantCommand::Create { name } => {
+            let created = admin.create_tenant(&TenantName::parse(&name)?).await?;
+            output::object(global.output, &tenant_row(&created))?;
+        }
+        TenantCommand::Ls => {
+            let rows: Vec<Value> = admin.tenants().await?.iter().map(tenant_row).collect();
+            output::list(global.output, &["name", "namespaces", "created_at"], &rows)?;
+        }
+        TenantCommand::Describe { name } => {
+            let found = admin.tenant(&TenantName::parse(&name)?).await?;
+            output::object(global.output, &tenant_row(&found))?;
+        }
+        TenantCommand::Delete { name } => {
+            admin.delete_tenant(&TenantName::parse(&name)?).await?;
+            output::note(&format!("deleted tenant {name}"));
+        }
+    }
+    Ok(())
+}
+
+pub(crate) async fn namespace(command: NamespaceCommand, global: &Global) -> Result<(), Failure> {
+    let admin = global.client().await?.admin();
+    match command {
+        NamespaceCommand::Create { name, auto_create_topics } => {
+            let created =
+                admin.create_namespace(&namespace_name(&name)?, auto_create_topics).await?;
+            output::object(global.output, &namespace_row(&created))?;
+        }
+        NamespaceCommand::Ls { tenant } => {
+            let found = admin.namespaces(&TenantName::parse(&tenant)?).await?;
+            let rows: Vec<Value> = found.iter().map(namespace_row).collect();
+            output::list(
+                global.output,
+                &["name", "topics", "auto_create_topics", "created_at"],
+                &rows,
+            )?;
+        }
+        NamespaceCommand::Describe { name } => {
+            let found = admin.namespace(&namespace_name(&name)?).await?;
+            output::object(global.output, &namespace_row(&found))?;
+        }
+        NamespaceCommand::Delete { name } => {
+            let name = namespace_name(&name)?;
+            admin.delete_namespace(&name).await?;
+            output::note(&format!("deleted namespace {name}"));
+        }
+    }
+    Ok(())
+}
+
+pub(crate) async fn topic(command: TopicCommand, global: &Global) -> Result<(), Failure> {
+    let admin = global.client().await?.admin();
+    match command {
+        TopicCommand::Create { name, segments } => {
+            let created = admin.create_topic(&topic_name(&name)?, segments).await?;
+            output::object(global.output, &topic_row(&created, false))?;
+        }
+        TopicCommand::Ls { namespace } => {
+            let found = admin.topics(&namespace_name(&namespace)?).await?;
+            let rows: Vec<Value> = found.iter().map(|topic| topic_row(topic, false)).collect();
+            output::list(
+                global.output,
+                &["name", "segments", "layout_epoch", "created_at"],
+                &rows,
+            )?;
+        }
+        TopicCommand::Describe { name } => {
+            let found = admin.topic(&topic_name(&name)?).await?;
+            output::object(global.output, &topic_row(&found, true))?;
+        }
+        TopicCommand::Delete { name } => {
+            let name = topic_name(&name)?;
+            admin.delete_topic(&name).await?;
+            output::note(&format!("deleted topic {name}"));
+        }
+    }
+    Ok(())
+}
+
+pub(crate) async fn sub(command: SubCommand, global: &Global) -> Result<(), Failure> {
+    let admin = global.client().await?.admin();
+    match command {
+        SubCommand::Create { topic, name, from } => {
+            let name = SubscriptionName::parse(&name)?;
+            let created =
+                admin.create_subscription(&topic_name(&topic)?, &name, from.into()).await?;
+            output::object(global.output, &sub_row(&created, false))?;
+        }
+        SubCommand::Ls { topic } => {
+            let found = admin.subscriptions(&topic_name(&topic)?).await?;
+            let rows: Vec<Value> = found.iter().map(|sub| sub_row(sub, false)).collect();
+            output::list(global.output, &["name", "topic", "start", "created_at"], &rows)?;
+        }
+        SubCommand::Describe { topic, name } => {
+            let name = SubscriptionName::parse(&name)?;
+            let found = admin.subscription(&topic_name(&topic)?, &name).await?;
+            output::object(global.output, &sub_row(&found, true))?;
+        }
+        SubCommand::Delete { topic, name } => {
+            let topic = topic_name(&topic)?;
+            admin.delete_subscription(&topic, &SubscriptionName::parse(&name)?).await?;
+            output::note(&format!("deleted subscription {name} of {topic}"));
+        }
+    }
+    Ok(())
+}
+
+fn tenant_row(tenant: &Tenant) -> Value {
+    json!({
+        "name": tenant.name,
+        "namespaces": tenant.namespaces,
+        "created_at": output::time(tenant.created_at_ms),
+    })
+}
+
+fn namespace_row(namespace: &Namespace) -> Value {
+    json!({
+        "name": namespace.name,
+        "topics": namespace.topics,
+        "auto_create_topics": namespace.auto_create_topics,
+        "created_at": output::time(namespace.created_at_ms),
+    })
+}
+
+fn topic_row(topic: &Topic, full: bool) -> Value {
+    let layout = topic.layout.clone().unwrap_or_default();
+    let mut row = json!({
+        "name": topic.name,
+        "id": topic.id,
+        "segments": layout.segments.len(),
+        "layout_epoch": layout.epoch,
+        "created_at": output::time(topic.created_at_ms),
+    });
+    if full {
+        let states: Vec<Value> = layout
+            .segments
+            .iter()
+            .map(|info| {
+                let keys = info.keys.unwrap_or_default();
+                let mut state = json!({
+                    "segment": info.segment,
+                    "keys": format!("{:08x}-{:08x}", keys.first, keys.last),
+                });
+                if let Some(found) =
+                    topic.segments.iter().find(|state| state.segment == info.segment)
+                {
+                    state["loaded"] = found.loaded.into();
+                    state["epoch"] = found.epoch.into();
+                    state["first_offset"] = found.first_offset.into();
+                    state["next_offset"] = found.next_offset.into();
+                    state["stored_bytes"] = found.stored_bytes.into();
+                    state["ledgers"] = found.ledgers.into();
+                }
+                state
+            })
+            .collect();
+        row["segments"] = states.into();
+    }
+    row
+}
+
+fn sub_row(sub: &Subscription, full: bool) -> Value {
+    let start = match sub.start() {
+        geminga_proto::v1::SubscriptionStart::Earliest => "earliest",
+        _ => "latest",
+    };
+    let mut row = json!({
+        "topic": sub.topic,
+        "name": sub.name,
+        "id": sub.id,
+        "start": start,
+        "created_at": output::time(sub.created_at_ms),
+    });
+    if full {
+        row["backlog_messages"] =
+            sub.cursors.iter().map(|cursor| cursor.backlog_messages).sum::<u64>().into();
+        let cursors: Vec<Value> = sub
+            .cursors
+            .iter()
+            .map(|cursor| {
+                json!({
+                    "segment": cursor.segment,
+                    "mark_delete_next": cursor.mark_delete_next,
+                    "backlog_messages": cursor.backlog_messages,
+                    "holes": cursor.holes,
+                    "consumer": cursor.consumer,
+                })
+            })
+            .collect();
+        row["cursors"] = cursors.into();
+    }
+    row
+}

@@ -1,0 +1,74 @@
+//! The history checkers: one small state machine an invariant group, none of which uses the product's code.
+//!
+//! - [`ledger`]: I1, I2, I3, I4, I6, I9 and the legal steps of ledger metadata (MD4)
+//! - [`bookie`]: I7, I8
+//! - [`segment`]: I10..I14, and M2: what a list value says of its ledgers
+//!
+//! Each looks at every event as it comes, so that a violation stands beside its cause in the trace.
+
+mod bookie;
+mod ledger;
+mod segment;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::BTreeSet, fmt};
+
+use super::history::{Event, EventNumber};
+
+/// A broken invariant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Violation {
+    /// Its number in the ledger protocol, such as `I1`.
+    pub(crate) invariant: &'static str,
+    /// What was seen.
+    pub(crate) what: String,
+}
+
+impl Violation {
+    /// For `invariant`.
+    pub(crate) fn new(invariant: &'static str, what: impl Into<String>) -> Self {
+        Self { invariant, what: what.into() }
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is broken: {}", self.invariant, self.what)
+    }
+}
+
+/// The verdict of a checker.
+pub(crate) type Verdict = Result<(), Violation>;
+
+/// Fails with the invariant's number unless the condition holds.
+macro_rules! must {
+    ($invariant:literal, $holds:expr, $($what:tt)+) => {
+        if !$holds {
+            return Err($crate::harness::checks::Violation::new($invariant, format!($($what)+)));
+        }
+    };
+}
+pub(crate) use must;
+
+/// All checkers of one run.
+#[derive(Default)]
+pub(crate) struct Checks {
+    pub(crate) ledgers: ledger::LedgerChecks,
+    pub(crate) bookies: bookie::BookieChecks,
+    pub(crate) segments: segment::SegmentChecks,
+    /// Incarnations whose disk was lost or changed behind their back.
+    pub(crate) lost: BTreeSet<u32>,
+}
+
+impl Checks {
+    /// Looks at the next event; `at_us` is virtual time, microseconds.
+    pub(crate) fn observe(&mut self, number: EventNumber, at_us: u64, event: &Event) -> Verdict {
+        if let Event::DiskLost { at } = event {
+            self.lost.insert(*at);
+        }
+        self.ledgers.observe(event)?;
+        self.bookies.observe(number, at_us, event)?;
+        self.segments.observe(number, event, &self.ledgers)
+    }
+}

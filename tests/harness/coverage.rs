@@ -1,0 +1,230 @@
+//! What really happened in runs: a kind of fault or of protocol step that never occurs is a hole in the simulation.
+
+use std::collections::BTreeMap;
+
+use super::{
+    checks::Checks,
+    history::{AddVerdict, Event, LedgerState, LedgerValue, Listed, ReadVerdict},
+};
+
+macro_rules! kinds {
+    ($($name:ident: $text:literal,)*) => {
+        /// A kind of fault, or of protocol step.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub(crate) enum Seen { $($name,)* }
+
+        impl Seen {
+            /// All of them.
+            pub(crate) const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// In words.
+            pub(crate) fn name(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+        }
+    };
+}
+
+kinds! {
+    // Faults of processes and disks.
+    BookieKilled: "bookie killed (kill -9)",
+    PowerCut: "power cut",
+    UnsyncedLost: "power cut that lost unsynced bytes",
+    Torn: "power cut that tore unsynced bytes",
+    BookieRestarted: "bookie restarted on its disk",
+    EndedByItself: "bookie ended by a failed write or sync (D3)",
+    CrashPoint: "bookie ended between two durable steps",
+    StartFailed: "bookie did not start at once",
+    DiskWiped: "disk replaced by an empty one (D7)",
+    Damage: "bit flipped or sector unreadable",
+    DiskFull: "disk full",
+    ClockJump: "wall clock jumped",
+    ClientKilled: "client or owner killed",
+    ClientPaused: "client paused and resumed",
+    // Faults of the network.
+    CutBoth: "link cut",
+    CutAnswers: "link cut one way",
+    Isolated: "client cut from all bookies",
+    RequestLost: "request lost",
+    AnswerLost: "answer lost",
+    Repeated: "request repeated",
+    Reordered: "request reordered",
+    Delayed: "message delayed",
+    OldAddress: "request reached a new bookie behind an old address (T7)",
+    // Faults of the store.
+    StoreCut: "client cut from the store",
+    BookieStoreCut: "bookie cut from the store",
+    StoreUnavailable: "store call refused",
+    TxnUnknown: "transaction of unknown outcome",
+    TxnLandedLate: "transaction landed after its caller was told unknown (T49)",
+    TxnOwnNonce: "repeat of a transaction conflicted with its own earlier try (MD3)",
+    // The protocol, bookies.
+    FencedAdd: "plain add refused after a fence",
+    FencedHeldAdd: "plain add of a held entry refused after a fence (T52)",
+    ReadOnlyAdd: "add refused READ_ONLY",
+    NoSpaceAdd: "add refused NO_SPACE",
+    LimboAnswer: "answer from limbo (D8)",
+    DamagedAnswer: "answer of a damaged copy (D9)",
+    ExplicitNo: "explicit no to a recoverer",
+    WrongIncarnation: "request refused for its incarnation",
+    // The protocol, ledgers.
+    VacantSlot: "ledger created with a vacant slot (W0)",
+    VacancyFilled: "vacant slot filled by an ensemble change",
+    EnsembleChanged: "ensemble change committed, fragment appended (EC3)",
+    FragmentReplaced: "ensemble change committed, last fragment replaced (EC3)",
+    FragmentDropped: "close dropped a fragment beyond the end (R7)",
+    WriterClosed: "ledger closed by its writer",
+    WriterLost: "close of a writer lost to a recovery",
+    RecoveryClosed: "ledger closed by recovery",
+    RecoveryPrivate: "recovery closed with a private fragment (R5)",
+    RecoverySuperseded: "recovery superseded by another nonce (R1)",
+    RecoveryAborted: "recovery that could not decide (R3)",
+    WriteBack: "write-back to a bookie that lacked the entry (R4)",
+    LacTold: "LAC told by WRITE_LAC",
+    TailRead: "tail read of an Open ledger",
+    ListedShort: "ledger listed as under-replicated",
+    // The protocol, segments.
+    Takeover: "segment taken over",
+    TakeoverOfOpen: "segment taken over from an owner with open ledgers (TK1)",
+    OwnerFenced: "owner fenced",
+    OwnerClosed: "owner closed cleanly",
+    PublishIndeterminate: "publish of unknown outcome",
+    BatchRepeated: "batch sent again",
+    Duplicate: "batch answered as duplicate",
+    OutOfSequence: "batch refused out of sequence (DD5)",
+    DataRoll: "data ledger rolled (M2)",
+    LogRoll: "cursor-log ledger rolled",
+    LogTrimmed: "superseded cursor-log ledger deleted (C4)",
+    Settled: "settle confirmed",
+    SettleIndeterminate: "settle of unknown outcome",
+    StaleOwnerAnswered: "superseded owner still held by callers",
+}
+
+/// How often each kind was seen.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Coverage(BTreeMap<Seen, u64>);
+
+impl Coverage {
+    /// Once more.
+    pub(crate) fn saw(&mut self, kind: Seen) {
+        *self.0.entry(kind).or_default() += 1;
+    }
+
+    /// Adds another run's.
+    pub(crate) fn add(&mut self, other: &Self) {
+        for (kind, count) in &other.0 {
+            *self.0.entry(*kind).or_default() += count;
+        }
+    }
+
+    /// Kinds never seen.
+    pub(crate) fn missing(&self) -> Vec<&'static str> {
+        Seen::ALL.iter().filter(|kind| !self.0.contains_key(kind)).map(|kind| kind.name()).collect()
+    }
+
+    /// A line a kind.
+    pub(crate) fn table(&self) -> String {
+        let line = |kind: &Seen| {
+            format!("{:>9} {}\n", self.0.get(kind).copied().unwrap_or(0), kind.name())
+        };
+        Seen::ALL.iter().map(line).collect()
+    }
+
+    /// What an event shows by itself, or with what `before` it was known.
+    pub(crate) fn observe(&mut self, event: &Event, before: &Checks) {
+        match event {
+            Event::LedgerPut { ledger, value, .. } => {
+                self.ledger_step(before.ledgers.value(*ledger), value)
+            }
+            Event::ListPut { segment, data, log, .. } => {
+                let (old_data, old_log) = before.segments.listed(*segment);
+                self.list_step(old_data, data, Seen::DataRoll);
+                self.list_step(old_log, log, Seen::LogRoll);
+            }
+            Event::AddAnswered {
+                at,
+                ledger,
+                entry,
+                recovery: false,
+                verdict: AddVerdict::Fenced,
+                ..
+            } => {
+                self.saw(Seen::FencedAdd);
+                if before.bookies.has_confirmed(*at, *ledger, *entry) {
+                    self.saw(Seen::FencedHeldAdd);
+                }
+            }
+            Event::AddAnswered {
+                at,
+                ledger,
+                entry,
+                recovery: true,
+                verdict: AddVerdict::Ok,
+                ..
+            } if !before.bookies.has_confirmed(*at, *ledger, *entry) => {
+                self.saw(Seen::WriteBack);
+            }
+            Event::EntryAnswered { fence: true, verdict: ReadVerdict::Absent, .. } => {
+                self.saw(Seen::ExplicitNo)
+            }
+            Event::WriteLacAsked { .. } => self.saw(Seen::LacTold),
+            Event::Settled { .. } => self.saw(Seen::Settled),
+            Event::Published { duplicate: true, .. } => self.saw(Seen::Duplicate),
+            _ => {}
+        }
+    }
+
+    fn list_step(&mut self, before: &[Listed], after: &[Listed], roll: Seen) {
+        let last_open = |row: &[Listed]| row.last().filter(|listed| !listed.closed).copied();
+        if let (Some(old), Some(new)) = (last_open(before), last_open(after)) {
+            if old.ledger != new.ledger {
+                self.saw(roll);
+            }
+            if roll == Seen::DataRoll && old == new {
+                // Neither rolled nor closed, and yet changed: marked for recovery by a rival.
+                self.saw(Seen::TakeoverOfOpen);
+            }
+        }
+        if roll == Seen::LogRoll
+            && before.iter().any(|old| after.iter().all(|new| new.ledger != old.ledger))
+        {
+            self.saw(Seen::LogTrimmed);
+        }
+    }
+
+    fn ledger_step(&mut self, before: Option<&LedgerValue>, after: &LedgerValue) {
+        use LedgerState as S;
+        let vacant = |value: &LedgerValue| {
+            value.fragments.last().is_some_and(|(_, slots)| slots.contains(&0))
+        };
+        let Some(before) = before else {
+            if vacant(after) {
+                self.saw(Seen::VacantSlot);
+            }
+            return;
+        };
+        match (before.state, after.state) {
+            (S::Open, S::Open) => {
+                let replaced = before.fragments.len() == after.fragments.len();
+                self.saw(if replaced { Seen::FragmentReplaced } else { Seen::EnsembleChanged });
+                if vacant(before) && !vacant(after) {
+                    self.saw(Seen::VacancyFilled);
+                }
+            }
+            (S::InRecovery, S::InRecovery) => self.saw(Seen::RecoverySuperseded),
+            (S::Open, S::Closed { .. }) => self.saw(Seen::WriterClosed),
+            (S::InRecovery, S::Closed { .. }) => {
+                self.saw(Seen::RecoveryClosed);
+                if after.fragments.iter().any(|fragment| !before.fragments.contains(fragment)) {
+                    self.saw(Seen::RecoveryPrivate);
+                }
+            }
+            _ => {}
+        }
+        let closed =
+            matches!(after.state, S::Closed { .. }) && !matches!(before.state, S::Closed { .. });
+        if closed && after.fragments.len() < before.fragments.len() {
+            self.saw(Seen::FragmentDropped);
+        }
+    }
+}
