@@ -92,7 +92,7 @@ pub(crate) async fn tenant(command: TenantCommand, global: &Global) -> Result<()
         }
         TenantCommand::Ls => {
             let rows: Vec<Value> = admin.tenants().await?.iter().map(tenant_row).collect();
-            output::list(global.output, &["name", "namespaces", "created_at"], &rows)?;
+            output::list(global.output, &["name", "created_at"], &rows)?;
         }
         TenantCommand::Describe { name } => {
             let found = admin.tenant(&TenantName::parse(&name)?).await?;
@@ -117,11 +117,7 @@ pub(crate) async fn namespace(command: NamespaceCommand, global: &Global) -> Res
         NamespaceCommand::Ls { tenant } => {
             let found = admin.namespaces(&TenantName::parse(&tenant)?).await?;
             let rows: Vec<Value> = found.iter().map(namespace_row).collect();
-            output::list(
-                global.output,
-                &["name", "topics", "auto_create_topics", "created_at"],
-                &rows,
-            )?;
+            output::list(global.output, &["name", "auto_create_topics", "created_at"], &rows)?;
         }
         NamespaceCommand::Describe { name } => {
             let found = admin.namespace(&namespace_name(&name)?).await?;
@@ -194,20 +190,23 @@ pub(crate) async fn sub(command: SubCommand, global: &Global) -> Result<(), Fail
 }
 
 fn tenant_row(tenant: &Tenant) -> Value {
-    json!({
-        "name": tenant.name,
-        "namespaces": tenant.namespaces,
-        "created_at": output::time(tenant.created_at_ms),
-    })
+    let mut row = json!({ "name": tenant.name, "created_at": output::time(tenant.created_at_ms) });
+    if let Some(namespaces) = tenant.namespaces {
+        row["namespaces"] = namespaces.into();
+    }
+    row
 }
 
 fn namespace_row(namespace: &Namespace) -> Value {
-    json!({
+    let mut row = json!({
         "name": namespace.name,
-        "topics": namespace.topics,
         "auto_create_topics": namespace.auto_create_topics,
         "created_at": output::time(namespace.created_at_ms),
-    })
+    });
+    if let Some(topics) = namespace.topics {
+        row["topics"] = topics.into();
+    }
+    row
 }
 
 fn topic_row(topic: &Topic, full: bool) -> Value {

@@ -86,7 +86,8 @@ impl LedgerReader {
         let mut unknown = None;
         let mut damaged = Vec::new();
         // In the fragment that is still written a copy may be on its way (Qa < Qw is a window); elsewhere it must be there.
-        let is_final = metadata.is_closed() || range.first < metadata.last_fragment().first_entry;
+        let is_final =
+            |entry: EntryId| metadata.is_closed() || entry < metadata.last_fragment().first_entry;
         loop {
             if wait.is_empty() {
                 match rest.pop() {
@@ -106,18 +107,23 @@ impl LedgerReader {
                 }
             };
             let (entries, trouble) = self.good_part(range.first, answer);
+            let at = EntryId(range.first.0 + entries.len() as u64);
             match trouble {
-                Some(Trouble::Absent) if !is_final => {}
+                Some(Trouble::Absent) if !is_final(at) => {}
                 Some(Trouble::Absent | Trouble::BadBytes | Trouble::Unknown(Unknown::Damaged)) => {
-                    damaged.push(from)
+                    if entries.is_empty() {
+                        damaged.push(from);
+                    } else {
+                        self.report(at, &[from]); // the next read may go round it and never see it
+                    }
                 }
-                Some(Trouble::Unknown(why)) => {
+                Some(Trouble::Unknown(why)) if entries.is_empty() => {
                     if matches!(why, Unknown::Timeout | Unknown::Disconnected) {
                         self.client.silent.note(from);
                     }
                     unknown = Some(why);
                 }
-                None => {}
+                Some(Trouble::Unknown(_)) | None => {}
             }
             if !entries.is_empty() {
                 self.report(range.first, &damaged);
@@ -188,7 +194,7 @@ impl LedgerReader {
         parts.bookies.bookie(to).read(request).map(move |answer| (to, answer)).boxed()
     }
 
-    /// The verified entries an answer starts with; and, if there is none, why.
+    /// The verified entries an answer starts with; and why not more, if something is wrong with the next one.
     fn good_part(&self, first: EntryId, answer: ReadAnswer) -> (Vec<Entry>, Option<Trouble>) {
         let mut good = Vec::new();
         for answer in answer.entries {
@@ -204,8 +210,7 @@ impl LedgerReader {
                 EntryAnswer::Absent => Trouble::Absent,
                 EntryAnswer::Unknown(why) => Trouble::Unknown(why),
             };
-            let none = good.is_empty();
-            return (good, none.then_some(trouble));
+            return (good, Some(trouble));
         }
         let none = good.is_empty();
         (good, none.then_some(Trouble::Unknown(Unknown::Disconnected)))

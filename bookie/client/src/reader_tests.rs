@@ -29,6 +29,20 @@ async fn a_flipped_bit_is_found_read_elsewhere_and_reported() {
     assert!(world.is_listed().await, "RD4: reported for repair");
 }
 
+/// The next read may ask another bookie: what this one showed must not be forgotten.
+#[tokio::test(start_paused = true)]
+async fn damage_behind_good_entries_is_reported_too() {
+    let world = closed_world().await;
+    let metadata = world.metadata().await.value;
+    let reader = world.client.reader(LEDGER);
+    let (_, first) = reader.order(&metadata, EntryId(0))[0];
+    world.bookies[&first.0].damage(LEDGER, EntryId(3));
+    let some = reader.read(&metadata, range(0, 5), 1 << 20).await.expect("up to the damage");
+    assert_eq!(some.len(), 3);
+    crate::testing::pass(0.1).await;
+    assert!(world.is_listed().await, "RD4: reported for repair");
+}
+
 #[tokio::test(start_paused = true)]
 async fn dead_bookies_are_read_around() {
     let world = closed_world().await;

@@ -11,21 +11,25 @@ use crate::{
     ownership::Segment,
 };
 
-pub(super) fn tenant(tenant: &catalog::Tenant, namespaces: usize) -> Tenant {
+pub(super) fn tenant(tenant: &catalog::Tenant, namespaces: Option<usize>) -> Tenant {
     Tenant {
         name: tenant.name.to_string(),
         created_at_ms: tenant.created_at_ms,
-        namespaces: u32::try_from(namespaces).unwrap_or(u32::MAX),
+        namespaces: namespaces.map(bounded),
     }
 }
 
-pub(super) fn namespace(namespace: &catalog::Namespace, topics: usize) -> Namespace {
+pub(super) fn namespace(namespace: &catalog::Namespace, topics: Option<usize>) -> Namespace {
     Namespace {
         name: namespace.name.to_string(),
         created_at_ms: namespace.created_at_ms,
         auto_create_topics: namespace.auto_create_topics,
-        topics: u32::try_from(topics).unwrap_or(u32::MAX),
+        topics: topics.map(bounded),
     }
+}
+
+fn bounded(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 pub(super) fn topic(topic: &catalog::Topic) -> Topic {

@@ -70,7 +70,7 @@ impl Admin for AdminService {
         self.call(request, |s, r| async move {
             let tenant = s.catalog.create_tenant(&TenantName::parse(&r.name)?).await?;
             let namespaces = s.catalog.namespace_count(&tenant.name).await?;
-            Ok(describe::tenant(&tenant, namespaces))
+            Ok(describe::tenant(&tenant, Some(namespaces)))
         })
         .await
     }
@@ -81,7 +81,8 @@ impl Admin for AdminService {
     ) -> Result<Response<ListTenantsResponse>, Status> {
         self.call(request, |s, r| async move {
             let listing = s.catalog.tenants(&page(&s, r.page_size, r.page_token)).await?;
-            let tenants = listing.items.iter().map(|tenant| describe::tenant(tenant, 0)).collect();
+            let tenants =
+                listing.items.iter().map(|tenant| describe::tenant(tenant, None)).collect();
             Ok(ListTenantsResponse { tenants, next_page_token: listing.next_page_token })
         })
         .await
@@ -94,7 +95,7 @@ impl Admin for AdminService {
         self.call(request, |s, r| async move {
             let tenant = s.catalog.tenant(&TenantName::parse(&r.name)?).await?;
             let namespaces = s.catalog.namespace_count(&tenant.name).await?;
-            Ok(describe::tenant(&tenant, namespaces))
+            Ok(describe::tenant(&tenant, Some(namespaces)))
         })
         .await
     }
@@ -118,7 +119,7 @@ impl Admin for AdminService {
             let name = NamespaceName::parse(&r.name)?;
             let namespace = s.catalog.create_namespace(&name, r.auto_create_topics).await?;
             let topics = s.catalog.topic_count(&name).await?;
-            Ok(describe::namespace(&namespace, topics))
+            Ok(describe::namespace(&namespace, Some(topics)))
         })
         .await
     }
@@ -131,8 +132,11 @@ impl Admin for AdminService {
             let tenant = TenantName::parse(&r.tenant)?;
             let listing =
                 s.catalog.namespaces(&tenant, &page(&s, r.page_size, r.page_token)).await?;
-            let namespaces =
-                listing.items.iter().map(|namespace| describe::namespace(namespace, 0)).collect();
+            let namespaces = listing
+                .items
+                .iter()
+                .map(|namespace| describe::namespace(namespace, None))
+                .collect();
             Ok(ListNamespacesResponse { namespaces, next_page_token: listing.next_page_token })
         })
         .await
@@ -145,7 +149,7 @@ impl Admin for AdminService {
         self.call(request, |s, r| async move {
             let namespace = s.catalog.namespace(&NamespaceName::parse(&r.name)?).await?;
             let topics = s.catalog.topic_count(&namespace.name).await?;
-            Ok(describe::namespace(&namespace, topics))
+            Ok(describe::namespace(&namespace, Some(topics)))
         })
         .await
     }

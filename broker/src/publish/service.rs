@@ -1,16 +1,14 @@
 //! The gRPC service `Publisher`: opens publish streams, and takes single batches.
 
-use futures::{Stream, StreamExt};
+use futures::Stream;
 use geminga_managed_ledger::{ProducerIdentity, ProducerOpen};
 use geminga_proto::{
     names::{ProducerName, TopicName},
-    reason::Reason,
     v1::{
         OpenPublish, PublishFrame, PublishOpened, PublishReply, PublishRequest, PublishResponse,
         publish_frame::Frame, publish_reply::Reply, publisher_server::Publisher,
     },
 };
-use tokio::time::timeout;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
@@ -22,9 +20,9 @@ use super::{
 };
 use crate::{
     context::Shared,
-    errors::{Refusal, unreadable},
+    errors::Refusal,
     lifecycle,
-    listener::{Connection, Outbox, OutboxStream, outbox},
+    listener::{Connection, Outbox, OutboxStream, first_frame, not_opened, outbox},
     storage_errors,
 };
 
@@ -82,18 +80,9 @@ async fn serve<I>(
 where
     I: Stream<Item = Result<PublishFrame, Status>> + Unpin,
 {
-    let open = match timeout(shared.config.limits.open_deadline, inbound.next()).await {
-        Err(_) => return Err(Refusal::new(Reason::UnexpectedFrame, "no open frame came in time")),
-        Ok(None) => return Ok(()),
-        Ok(Some(Err(status))) => return Err(unreadable(&status)),
-        Ok(Some(Ok(PublishFrame { frame: Some(Frame::Open(open)) }))) => open,
-        Ok(Some(Ok(_))) => {
-            return Err(Refusal::new(
-                Reason::UnexpectedFrame,
-                "the first frame must open the stream",
-            ));
-        }
-    };
+    let deadline = shared.config.limits.open_deadline;
+    let Some(first) = first_frame(&mut inbound, deadline).await? else { return Ok(()) };
+    let PublishFrame { frame: Some(Frame::Open(open)) } = first else { return Err(not_opened()) };
     let span = tracing::info_span!("publish", topic = open.topic, segment = open.segment);
     async {
         let stream = open_stream(shared, connection, open, inbound, outbox).await?;

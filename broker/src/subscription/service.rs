@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use futures::{Stream, StreamExt};
+use futures::Stream;
 use geminga_managed_ledger::SettleError;
 use geminga_proto::{
     names::{ConsumerName, SubscriptionName, TopicName},
@@ -23,9 +23,9 @@ use super::{
 use crate::{
     catalog::Start,
     context::Shared,
-    errors::{Refusal, unreadable},
+    errors::Refusal,
     lifecycle,
-    listener::{Connection, Outbox, OutboxStream, outbox},
+    listener::{Connection, Outbox, OutboxStream, first_frame, not_opened, outbox},
     publish::check_layout,
     storage_errors,
 };
@@ -85,18 +85,9 @@ async fn serve<I>(
 where
     I: Stream<Item = Result<ConsumeFrame, Status>> + Unpin,
 {
-    let open = match timeout(shared.config.limits.open_deadline, inbound.next()).await {
-        Err(_) => return Err(Refusal::new(Reason::UnexpectedFrame, "no open frame came in time")),
-        Ok(None) => return Ok(()),
-        Ok(Some(Err(status))) => return Err(unreadable(&status)),
-        Ok(Some(Ok(ConsumeFrame { frame: Some(Frame::Open(open)) }))) => open,
-        Ok(Some(Ok(_))) => {
-            return Err(Refusal::new(
-                Reason::UnexpectedFrame,
-                "the first frame must open the stream",
-            ));
-        }
-    };
+    let deadline = shared.config.limits.open_deadline;
+    let Some(first) = first_frame(&mut inbound, deadline).await? else { return Ok(()) };
+    let ConsumeFrame { frame: Some(Frame::Open(open)) } = first else { return Err(not_opened()) };
     let span = tracing::info_span!(
         "consume",
         topic = open.topic,
