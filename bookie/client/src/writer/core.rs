@@ -22,6 +22,7 @@ use tokio::time::Instant;
 
 use super::{
     slot::SlotState,
+    slowness::Slowness,
     types::{AppendError, Poison},
 };
 use crate::{
@@ -119,6 +120,7 @@ pub struct WriterCore {
     metadata: Versioned<LedgerMetadata>,
     tracker: AckTracker,
     slots: Vec<SlotState>,
+    slowness: Slowness,
     in_flight: BTreeMap<EntryId, InFlight>,
     held_bytes: usize,
     /// Payload bytes up to the last entry pushed, and up to the LAC.
@@ -159,6 +161,7 @@ impl WriterCore {
         Self {
             tracker: AckTracker::new(value.quorum, value.fragments.clone(), lac),
             slots: fragment.slots.iter().map(|holder| SlotState::new(*holder)).collect(),
+            slowness: Slowness::new(fragment.slots.len(), now),
             next_wish: now + config.look_interval,
             config,
             metadata,
@@ -481,6 +484,7 @@ impl WriterCore {
     }
 
     fn on_stored(&mut self, id: EntryId, slot: Slot, from: Incarnation, now: Instant) {
+        self.note_time(id, slot, from, now);
         let confirmed = self.tracker.on_stored(id, slot, from);
         let stored = self.tracker.is_stored(id, slot);
         let position = self.metadata.value.quorum.position(id, slot);

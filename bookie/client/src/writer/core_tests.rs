@@ -424,6 +424,17 @@ fn the_simulation_reaches_changes_confirmations_and_failures() {
     assert!(listings > 20, "{listings}");
 }
 
+/// Registered and writable.
+fn available(bookie: &u32) -> Available {
+    Available {
+        incarnation: Incarnation(*bookie),
+        writable: true,
+        draining: false,
+        limbo: None,
+        disk_free: 1,
+    }
+}
+
 /// A core over bookies 1..=3 (Qa = 3), and what a test tells it. Time stands still unless the test moves it.
 struct Bench {
     core: WriterCore,
@@ -465,14 +476,7 @@ impl Bench {
 
     /// Answers a look: these are registered and writable.
     fn candidates(&mut self, writable: &[u32]) {
-        let free = |i: &u32| Available {
-            incarnation: Incarnation(*i),
-            writable: true,
-            draining: false,
-            limbo: None,
-            disk_free: 1,
-        };
-        let all: Vec<Available> = writable.iter().map(free).collect();
+        let all: Vec<Available> = writable.iter().map(available).collect();
         self.core.on_candidates(Ok(&all), false, &self.random, self.now);
     }
 
@@ -584,6 +588,46 @@ fn a_soft_failure_alone_triggers_nothing_for_30_s_and_then_a_change() {
         assert!(resent > 10, "sent again to the same incarnation, {resent} times");
         let waited = bench.now - failed_at;
         assert!((30..=31).contains(&waited.as_secs()), "{soft:?}: {waited:?}");
+    }
+}
+
+/// EC1: a bookie much slower than its peers is replaced when another is there; while none is, nothing of it is given up.
+#[test]
+fn a_slow_bookie_is_replaced_once_another_can_take_its_place() {
+    for spare in [&[][..], &[4]] {
+        let mut bench = Bench::new(2);
+        let mut owed: Vec<EntryId> = Vec::new();
+        let mut hints = 0;
+        for _ in 0..50 * 20 {
+            let id = bench.push();
+            owed.push(id);
+            bench.now += Duration::from_millis(2);
+            bench.answer(id, 0, 1, AddAnswer::Ok);
+            bench.answer(id, 1, 2, AddAnswer::Ok);
+            bench.now += Duration::from_millis(18);
+            if owed.len() > 10 {
+                bench.answer(owed.remove(0), 2, 3, AddAnswer::Ok); // 200 ms late
+            }
+            bench.pass(Duration::ZERO);
+            let actions = bench.core.take_actions();
+            assert!(!actions.iter().any(|action| matches!(action, Action::List)));
+            if actions.iter().any(|action| matches!(action, Action::Look { hint: true })) {
+                hints += 1;
+                let available: Vec<Available> = spare.iter().map(available).collect();
+                bench.core.on_candidates(Ok(&available), true, &bench.random, bench.now);
+            }
+            if bench.looks() == [false] {
+                break;
+            }
+        }
+        if spare.is_empty() {
+            assert!(hints > 3, "it is looked for again and again");
+            continue;
+        }
+        bench.candidates(spare);
+        bench.land();
+        let last = bench.core.metadata().value.last_fragment().clone();
+        assert_eq!(last.slots, [1, 2, 4].map(|i| Some(Incarnation(i))));
     }
 }
 

@@ -9,6 +9,7 @@ mod change;
 pub mod core;
 mod owner;
 mod slot;
+mod slowness;
 mod types;
 
 use std::{collections::VecDeque, sync::Arc};

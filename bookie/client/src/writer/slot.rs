@@ -25,6 +25,8 @@ pub(super) struct SlotState {
     pub(super) hard: bool,
     /// No replacement was found: its adds are given up, one at a time is tried (EC7).
     pub(super) suspended: bool,
+    /// Slower than all its peers for long: replaced when another can take its place, and used until then (EC1).
+    pub(super) slow: bool,
     /// When one add is tried again. None while failing: the next one may go at once.
     pub(super) retry_at: Option<Instant>,
     /// The one add on its way while failing.
@@ -41,6 +43,7 @@ impl SlotState {
             failing_since: None,
             hard: false,
             suspended: false,
+            slow: false,
             retry_at: None,
             probing: None,
             waiting: BTreeSet::new(),
@@ -60,7 +63,8 @@ impl SlotState {
 
     /// It answers again; returns what waited for it.
     pub(super) fn recover(&mut self) -> BTreeSet<EntryId> {
-        *self = Self { waiting: std::mem::take(&mut self.waiting), ..Self::new(self.holder) };
+        let (waiting, slow) = (std::mem::take(&mut self.waiting), self.slow);
+        *self = Self { waiting, slow, ..Self::new(self.holder) };
         std::mem::take(&mut self.waiting)
     }
 

@@ -34,7 +34,8 @@ impl WriterCore {
     }
 
     pub(super) fn wish_interval(&self) -> std::time::Duration {
-        let gap = self.slots.iter().any(|slot| slot.holder.is_none() || slot.suspended);
+        let gap =
+            self.slots.iter().any(|slot| slot.holder.is_none() || slot.suspended || slot.slow);
         self.config.look_interval * if gap { 1 } else { HEALTHY_LOOK_FACTOR }
     }
 
@@ -65,6 +66,22 @@ impl WriterCore {
         self.actions.push(Action::Look { hint });
     }
 
+    /// EC1: how long a healthy slot took for an add tells whether it is slow; then a replacement is wished for at once.
+    pub(super) fn note_time(&mut self, id: EntryId, slot: Slot, from: Incarnation, now: Instant) {
+        let state = &self.slots[slot.0];
+        if state.holder != Some(from) || !state.is_hopeful() {
+            return; // an add sent again took long for other reasons
+        }
+        let Some(in_flight) = self.in_flight.get(&id) else { return };
+        let time = now.saturating_duration_since(in_flight.pushed_at);
+        if let Some(slow) = self.slowness.on_answer(slot.0, time, now) {
+            let ledger = self.metadata.value.id.0;
+            tracing::warn!(ledger, slot = slow, holder = ?self.slots[slow].holder, "bookie is slow");
+            self.slots[slow].slow = true;
+            self.next_wish = now;
+        }
+    }
+
     /// Half of the memory is used, and the oldest entry waits for a slot that neither answers nor fails: it is overdue
     /// (T20).
     fn note_overdue(&mut self, now: Instant) {
@@ -92,8 +109,8 @@ impl WriterCore {
         owed_by_healthy.then(|| oldest.pushed_at + self.config.add_timeout / OVERDUE_SHARE)
     }
 
-    /// Slots to be filled: the failing ones first, then those that only wish for it: vacant, given up (EC7), or draining,
-    /// which is replaced at once (EC1) but goes on while nobody can take its place.
+    /// Slots to be filled: the failing ones first, then those that only wish for it: vacant, given up (EC7), or slow or
+    /// draining, which are replaced at once (EC1) but go on while nobody can take their place.
     pub(super) fn wanted(&self, short: bool, available: &[Available], now: Instant) -> Vec<usize> {
         let pressed = self.is_pressed();
         let drains = |slot: &SlotState| {
@@ -101,7 +118,7 @@ impl WriterCore {
         };
         let urgent = |slot: &SlotState| slot.wants_replacement(short, pressed, now, &self.config);
         let wishes = |slot: &SlotState| {
-            !urgent(slot) && (slot.holder.is_none() || slot.suspended || drains(slot))
+            !urgent(slot) && (slot.holder.is_none() || slot.suspended || slot.slow || drains(slot))
         };
         let pick = |which: &dyn Fn(&SlotState) -> bool| -> Vec<usize> {
             (0..self.slots.len()).filter(|i| which(&self.slots[*i])).collect()
@@ -146,6 +163,7 @@ impl WriterCore {
         for (slot, holder) in holders.into_iter().enumerate() {
             if self.slots[slot].holder != holder {
                 self.slots[slot] = SlotState::new(holder);
+                self.slowness.reset(slot);
                 replaced[slot] = true;
             }
         }
