@@ -37,7 +37,7 @@ use crate::{
         index::{self, IndexFile},
         write_cache::WriteCache,
     },
-    state::{Core, Fixed, Kept, LockGuard, Shared},
+    state::{Core, Kept, LockGuard, Parts, Shared},
 };
 
 /// Why a bookie did not start. Nothing was served.
@@ -653,7 +653,7 @@ fn assemble(
         space: (0, 0),
     };
     let tasks: Tasks = Tasks::new(format!("bookie {}", config.id));
-    let fixed = Fixed {
+    let parts = Parts {
         config,
         disk: parts.disk,
         files: loaded.files,
@@ -664,9 +664,8 @@ fn assemble(
         metrics: parts.metrics,
         tasks,
         identity,
-        lock,
     };
-    let shared = Shared::new(fixed, core);
+    let shared = Shared::new(parts, lock, core);
     Started {
         shared,
         current: taken.current,

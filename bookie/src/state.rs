@@ -72,9 +72,9 @@ pub(crate) struct Core {
     pub(crate) space: (u64, u64),
 }
 
-/// One bookie's shared parts.
+/// What a bookie is made of: it stays as it was at the start.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct Parts {
     pub(crate) config: BookieConfig,
     pub(crate) disk: SharedDisk,
     pub(crate) files: Files,
@@ -85,6 +85,12 @@ pub(crate) struct Shared {
     pub(crate) metrics: BookieMetrics,
     pub(crate) tasks: Tasks,
     pub(crate) identity: Identity,
+}
+
+/// One bookie's shared parts; those that never change are reached as its own fields.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    parts: Parts,
     /// Wakes the journal's owner.
     pub(crate) journal_wake: Notify,
     /// Wakes the checkpointer.
@@ -111,44 +117,26 @@ impl std::fmt::Debug for LockGuard {
     }
 }
 
-/// The fixed parts, before the core is known.
-#[derive(Debug)]
-pub(crate) struct Fixed {
-    pub(crate) config: BookieConfig,
-    pub(crate) disk: SharedDisk,
-    pub(crate) files: Files,
-    pub(crate) crash: CrashPoints,
-    pub(crate) journal_io: Io,
-    pub(crate) read_io: Io,
-    pub(crate) store: SharedStore,
-    pub(crate) metrics: BookieMetrics,
-    pub(crate) tasks: Tasks,
-    pub(crate) identity: Identity,
-    pub(crate) lock: Arc<LockGuard>,
+impl std::ops::Deref for Shared {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
 }
 
 impl Shared {
-    pub(crate) fn new(fixed: Fixed, core: Core) -> Arc<Self> {
-        let lookups = Arc::new(Semaphore::new(fixed.config.lookups_max));
+    pub(crate) fn new(parts: Parts, lock: Arc<LockGuard>, core: Core) -> Arc<Self> {
         Arc::new(Self {
-            config: fixed.config,
-            disk: fixed.disk,
-            files: fixed.files,
-            crash: fixed.crash,
-            journal_io: fixed.journal_io,
-            read_io: fixed.read_io,
-            store: fixed.store,
-            metrics: fixed.metrics,
-            tasks: fixed.tasks,
-            identity: fixed.identity,
             journal_wake: Notify::new(),
             checkpoint_wake: Notify::new(),
             status_wake: Notify::new(),
-            lookups,
+            lookups: Arc::new(Semaphore::new(parts.config.lookups_max)),
             checkpointing: tokio::sync::Mutex::new(()),
             failure: watch::Sender::new(None),
             core: Mutex::new(core),
-            lock: Mutex::new(Some(fixed.lock)),
+            lock: Mutex::new(Some(lock)),
+            parts,
         })
     }
 

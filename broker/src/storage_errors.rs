@@ -44,7 +44,6 @@ pub(crate) fn of_producer(error: &ProducerError) -> Refusal {
         ProducerError::TooManyProducers { limit } => {
             refuse(Reason::TooManyProducers).with("producers_max", limit)
         }
-        ProducerError::Busy => refuse(Reason::Busy),
         ProducerError::Fenced => refuse(Reason::SegmentFenced),
         ProducerError::Closed => loading(error),
     }
@@ -82,9 +81,6 @@ pub(crate) fn of_settle(error: &SettleError) -> Refusal {
         SettleError::UnknownCursor => refuse(Reason::SubscriptionNotFound),
         SettleError::OutOfRange { .. } => refuse(Reason::InvalidHandle),
         SettleError::TooManyHoles { limit } => refuse(Reason::CursorLimit).with("holes_max", limit),
-        SettleError::TooManyCursors { limit } => {
-            refuse(Reason::InvalidRequest).with("cursors_max", limit)
-        }
         SettleError::NotEnoughBookies(_) => refuse(Reason::NotEnoughBookies),
         SettleError::Busy => refuse(Reason::Busy),
         SettleError::Fenced => refuse(Reason::SegmentFenced),

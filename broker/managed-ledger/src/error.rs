@@ -48,9 +48,6 @@ pub enum ProducerError {
     /// The segment remembers as many producers as it may (DD4).
     #[error("the segment remembers {limit} producers, as many as it may")]
     TooManyProducers { limit: usize },
-    /// The owner has too much to do; open again after a pause.
-    #[error("the segment's queue is full")]
-    Busy,
     /// The segment is no longer served here; reload and open there.
     #[error("the segment is no longer served here")]
     Fenced,
@@ -123,9 +120,6 @@ pub enum SettleError {
     /// Nothing was settled: the cursor would have more than `limit` runs; settle the oldest first.
     #[error("the cursor has {limit} runs of settled offsets, as many as it may")]
     TooManyHoles { limit: usize },
-    /// Nothing was made: as many cursors as there may be.
-    #[error("the segment has {limit} cursors, as many as it may")]
-    TooManyCursors { limit: usize },
     /// The record could not be written in time for lack of bookies. It may still come into force; settling again is safe.
     #[error("too few bookies are writable: {0}")]
     NotEnoughBookies(String),
