@@ -9,6 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/geminga/v1/subscriber.proto",
         "proto/geminga/v1/discovery.proto",
         "proto/geminga/admin/v1/admin.proto",
+        "proto/geminga/internal/v1/segments.proto",
         "proto/geminga/storage/v1/metadata.proto",
         "proto/geminga/storage/v1/entry.proto",
         "proto/geminga/storage/v1/cursor.proto",

@@ -3,6 +3,8 @@
 mod bench;
 mod cli;
 mod demo;
+mod roles;
+mod settings;
 mod standalone;
 
 use std::process::ExitCode;

@@ -25,9 +25,12 @@ use geminga_bookie_client::{
 };
 use geminga_broker::{Broker, BrokerConfig, BrokerParts};
 use geminga_managed_ledger::{
-    ManagedLedgerConfig, ManagedLedgerMetrics, ManagedLedgers, ManagedLedgersParts,
+    ColdStorage, ColdStorageConfig, ColdStorageError, ManagedLedgerConfig, ManagedLedgerMetrics,
+    ManagedLedgers, ManagedLedgersParts,
 };
-use geminga_metadata::{EmbeddedStore, MetadataMetrics, MeteredStore, SharedStore};
+use geminga_metadata::{
+    EmbeddedStore, MetadataMetrics, MeteredStore, SharedStore, Standing, ensure_cluster,
+};
 use geminga_runtime::{
     clock::{SharedClock, SystemClock},
     disk::RealDisk,
@@ -40,6 +43,8 @@ use tokio::sync::watch;
 
 /// Most bookies in one process.
 pub(crate) const BOOKIES_MAX: u32 = 16;
+/// Bundles of a directory that is new.
+const BUNDLES: u32 = 1_024;
 /// Time for tasks to end after the parts they belong to have.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
@@ -51,6 +56,8 @@ pub(crate) struct Settings {
     pub(crate) bookies: Option<u32>,
     pub(crate) listen: SocketAddr,
     pub(crate) health_listen: Option<SocketAddr>,
+    /// Object storage for cold ledgers; none: everything stays on bookies.
+    pub(crate) tier_url: Option<String>,
 }
 
 /// Why it did not start.
@@ -66,13 +73,15 @@ pub(crate) enum StartError {
     Metadata(#[from] geminga_metadata::OpenError),
     #[error("bookie {number} did not start: {source}")]
     Bookie { number: u32, source: geminga_bookie::StartError },
+    #[error(transparent)]
+    Cold(#[from] ColdStorageError),
     #[error("the broker did not start: {}", with_causes(.0))]
     Broker(geminga_broker::StartError),
     #[error("cannot listen on {address} for health and metrics: {source}")]
     Health { address: SocketAddr, source: io::Error },
 }
 
-fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(source) = cause {
@@ -123,6 +132,15 @@ impl Standalone {
         let shared: SharedStore =
             Arc::new(MeteredStore::new(shared, registry.with(MetadataMetrics::register)));
 
+        let cluster = ensure_cluster(&shared, &random, clock.now(), BUNDLES)
+            .await
+            .map_err(|error| StartError::Broker(error.into()))?;
+        let cold = match &settings.tier_url {
+            Some(url) => {
+                Some(ColdStorage::from_url(url, &cluster.id, ColdStorageConfig::default())?)
+            }
+            None => None,
+        };
         let bookies = start_bookies(count, directory, &shared, &clock, &random, &registry).await?;
         let loopback = Loopback::new();
         for bookie in bookies.values() {
@@ -137,6 +155,7 @@ impl Standalone {
             tasks: tasks.child("ledgers"),
             config: LedgerClientConfig::default(),
             metrics: registry.with(ClientMetrics::register),
+            standing: Standing::always(), // an embedded store never goes away alone
         });
         let managed = ManagedLedgers::new(ManagedLedgersParts {
             client,
@@ -144,16 +163,22 @@ impl Standalone {
             clock: clock.clone(),
             random: random.fork(),
             tasks: tasks.child("segments"),
-            config: ManagedLedgerConfig { quorum: quorum(count), ..ManagedLedgerConfig::default() },
+            config: ManagedLedgerConfig {
+                quorum: quorum(count),
+                generation: cluster.generation,
+                ..ManagedLedgerConfig::default()
+            },
             metrics: registry.with(ManagedLedgerMetrics::register),
+            cold,
         });
         let broker = Broker::start(BrokerParts {
             store: shared,
             managed,
+            standing: None,
             clock,
             random,
             config: BrokerConfig::new("standalone", settings.listen),
-            registry: registry.clone(),
+            metrics: registry.with(geminga_broker::metrics::Metrics::register),
         })
         .await
         .map_err(StartError::Broker)?;

@@ -100,7 +100,7 @@ impl Bookie {
         critical(shared, "gc", gc::run(Arc::clone(shared)));
         let found = cookie::read_store(store, &shared.config.id).await?;
         let Some(found) = found else {
-            return Err(cookie::CookieError::NotInStore { bookie: shared.config.id.clone() }.into());
+            return Err(cookie::absent(store, &shared.config.id).await?.into());
         };
         found.check(&shared.identity)?;
         let keeper = LeaseKeeper::start(store.clone(), shared.config.lease_ttl, &shared.tasks);
@@ -128,8 +128,8 @@ impl Bookie {
         self.shared.identity.incarnation
     }
 
-    /// Resolves with the cause once the bookie has ended by a failure (D3, D7): a failed write or sync, a revoked cookie.
-    /// Pending for ever after `stop` or `kill`. Cancel-safe.
+    /// Resolves with the cause once the bookie has ended by itself: by a failure (D3, D7), as a failed write or sync or a
+    /// revoked cookie; or because it was decommissioned, which [`Self::is_decommissioned`] tells. Pending for ever after `stop` or `kill`. Cancel-safe.
     pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
         let mut failure = self.shared.failure.subscribe();
         async move {
@@ -182,7 +182,19 @@ impl Bookie {
     /// # Errors
     /// The store did not answer, or was restored and is not confirmed; nothing more is dropped.
     pub async fn collect_garbage(&self) -> Result<usize, geminga_metadata::StoreError> {
-        gc::pass(&self.shared, &mut geminga_metadata::Revision(0)).await
+        gc::pass(&self.shared).await
+    }
+
+    /// Whether the bookie ended because it was decommissioned (DC1): no failure, and no reason to start it again.
+    #[must_use]
+    pub fn is_decommissioned(&self) -> bool {
+        self.shared.is_decommissioned()
+    }
+
+    /// The lease of its registration: what else this process does under a lease may stand or fall with it.
+    #[must_use]
+    pub fn lease(&self) -> &LeaseKeeper {
+        &self.keeper
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

@@ -9,6 +9,8 @@ pub struct BookieConfig {
     pub id: String,
     /// Where others reach it, as written to `available/<id>`.
     pub address: String,
+    /// Failure domain: a replacement is chosen so that copies lie in as many zones as they can (EC6). Empty: none is known.
+    pub zone: String,
     /// Registers as draining: nobody chooses it any more (EC6).
     pub draining: bool,
     /// A journal file is left for the next one at this size; also the size of each reserve file (D10).
@@ -41,6 +43,12 @@ pub struct BookieConfig {
     pub lease_ttl: Duration,
     /// How often local ledgers are compared with the metadata store (G1).
     pub gc_interval: Duration,
+    /// A ledger whose key is absent goes only if it was absent twice, at least so far apart (G1). At least 1 h outside tests.
+    pub gc_absent_after: Duration,
+    /// A Closed ledger goes only if no fragment has named this incarnation for so long (G1). At least 24 h outside tests.
+    pub gc_unnamed_after: Duration,
+    /// The largest share of ledgers or bytes that one pass drops on grounds other than Deleted (G2), 0.0 to 1.0.
+    pub gc_share_max: f64,
     /// How long a start waits for the lock of the directory and for the metadata store.
     pub start_timeout: Duration,
     /// An empty directory behind a known bookie id, or a lost one, becomes a *new* incarnation, and the old one is revoked
@@ -77,6 +85,7 @@ impl Default for BookieConfig {
         Self {
             id: "bookie-0".to_owned(),
             address: "127.0.0.1:8660".to_owned(),
+            zone: String::new(),
             draining: false,
             journal_file_bytes: 64 << 20,
             group_bytes_max: 1 << 20,
@@ -93,6 +102,9 @@ impl Default for BookieConfig {
             disk: DiskLimits::default(),
             lease_ttl: Duration::from_secs(5),
             gc_interval: Duration::from_secs(60),
+            gc_absent_after: Duration::from_secs(3600),
+            gc_unnamed_after: Duration::from_secs(24 * 3600),
+            gc_share_max: 0.2,
             start_timeout: Duration::from_secs(30),
             take_new_incarnation: false,
         }

@@ -51,6 +51,10 @@ pub enum CookieError {
     /// The store does not know this bookie any more.
     #[error("the store has no cookie of bookie {bookie}")]
     NotInStore { bookie: String },
+    /// The bookie was decommissioned: a full scan found no ledger naming it, and its cookie was removed with that proof (DC1).
+    /// Its volume may go; a new bookie of this name starts on an empty one.
+    #[error("bookie {bookie} was decommissioned")]
+    Decommissioned { bookie: String },
     /// The store knows another incarnation of this bookie.
     #[error("the directory is another incarnation than {in_store}, which the store has")]
     OtherIncarnation { in_store: Incarnation },
@@ -281,6 +285,17 @@ pub(crate) async fn read_store(
             StoreError::Refused(format!("the cookie of bookie {bookie} cannot be decoded"))
         }),
     }
+}
+
+/// Why the store has no cookie of a bookie that has one: decommissioned with a proof, or gone without (D7).
+pub(crate) async fn absent(store: &SharedStore, bookie: &str) -> Result<CookieError, StoreError> {
+    let (_, found) = store.get(&keys::draining_bookie(bookie)).await?;
+    let draining = found.and_then(|found| wire::Draining::decode(&found.value[..]).ok());
+    let bookie = bookie.to_owned();
+    Ok(match draining {
+        Some(draining) if draining.proof_revision > 0 => CookieError::Decommissioned { bookie },
+        _ => CookieError::NotInStore { bookie },
+    })
 }
 
 /// Whom a new cookie replaces.

@@ -12,7 +12,11 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use geminga_proto::ids::{EntryId, LedgerId};
 
-use crate::{journal::format::Bound, ledger_set::LedgerSet};
+use crate::{
+    journal::format::Bound,
+    ledger_set::LedgerSet,
+    validity::{Place, Validity},
+};
 
 /// Where an entry lies, and what it must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +56,12 @@ pub struct Ledgers {
 #[derive(Debug, Default)]
 struct Ledger {
     fence: Fence,
+    /// Of a ledger that moved away and came back: its first record since.
+    valid_from: Option<Place>,
+    /// About to be dropped because it moved away (G1); in memory only.
+    leaving: bool,
+    /// Bytes of its rows; a copy that replaced a damaged one counts twice.
+    bytes: u64,
     lac: Option<EntryId>,
     /// The highest entry that an index file may hold.
     indexed_max: Option<EntryId>,
@@ -166,6 +176,8 @@ pub struct LedgerSummary {
     pub fenced: bool,
     pub lac: Option<EntryId>,
     pub indexed_max: Option<EntryId>,
+    pub valid_from: Option<Place>,
+    pub bytes: u64,
 }
 
 impl Ledgers {
@@ -183,6 +195,8 @@ impl Ledgers {
                 fence,
                 lac: summary.lac,
                 indexed_max: summary.indexed_max,
+                valid_from: summary.valid_from,
+                bytes: summary.bytes,
                 ..Ledger::default()
             };
             (summary.ledger, ledger)
@@ -200,6 +214,9 @@ impl Ledgers {
     ) -> AddVerdict {
         if self.tombstones.contains(add.ledger) {
             return AddVerdict::Dropped;
+        }
+        if add.recovery && self.is_leaving(add.ledger) {
+            return AddVerdict::Dropped; // a copy must not settle on what is about to go (G1, T51)
         }
         if !add.recovery && self.is_fenced(add.ledger) {
             return AddVerdict::Fenced; // also of an entry held here: a rival may have brought it (T52)
@@ -267,8 +284,13 @@ impl Ledgers {
         if self.tombstones.contains(ledger) {
             return;
         }
+        let moved_away = self.moved_away.contains(ledger);
         let state = self.ledgers.entry(ledger).or_default();
         state.pending.remove(&entry);
+        state.bytes += u64::from(row.length);
+        if moved_away {
+            state.valid_from.get_or_insert((row.file, row.position));
+        }
         state.lac = state.lac.max(lac);
         state.active_max = state.active_max.max(Some(entry));
         self.damaged.remove(&(ledger, entry));
@@ -286,14 +308,15 @@ impl Ledgers {
         if self.tombstones.contains(ledger) {
             return FenceVerdict::Dropped;
         }
-        let moved_away = self.moved_away.contains(ledger);
+        if self.moved_away.contains(ledger) {
+            // The fenced set is synced, and no state is made for what is not here.
+            let waits = self.ledgers.get(&ledger).is_some_and(|ledger| !ledger.pending.is_empty());
+            return if waits { FenceVerdict::Wait } else { FenceVerdict::Done };
+        }
         let state = self.ledgers.entry(ledger).or_default();
         match state.fence {
             Fence::Synced if state.pending.is_empty() => FenceVerdict::Done,
             Fence::Synced => FenceVerdict::Wait,
-            Fence::None | Fence::Accepted if moved_away && state.pending.is_empty() => {
-                FenceVerdict::Done
-            }
             Fence::None | Fence::Accepted => {
                 state.fence = Fence::Accepted;
                 FenceVerdict::Journal
@@ -303,7 +326,7 @@ impl Ledgers {
 
     /// The flag's group is synced.
     pub fn on_fence_synced(&mut self, ledger: LedgerId) {
-        if !self.tombstones.contains(ledger) {
+        if !self.tombstones.contains(ledger) && !self.moved_away.contains(ledger) {
             self.ledgers.entry(ledger).or_default().fence = Fence::Synced;
         }
     }
@@ -312,7 +335,61 @@ impl Ledgers {
     #[must_use]
     pub fn is_fenced(&self, ledger: LedgerId) -> bool {
         self.moved_away.contains(ledger)
-            || self.ledgers.get(&ledger).is_some_and(|ledger| ledger.fence != Fence::None)
+            || self
+                .ledgers
+                .get(&ledger)
+                .is_some_and(|ledger| ledger.fence != Fence::None || ledger.leaving)
+    }
+
+    /// Marks a ledger that moved away as *leaving* (G1): plain adds are FENCED, recovery adds and LIST unknown. False if it
+    /// is not here, or an add to it is under way: then a copy may be settling, and it stays.
+    pub fn mark_leaving(&mut self, ledger: LedgerId) -> bool {
+        match self.ledgers.get_mut(&ledger) {
+            Some(state) if state.pending.is_empty() => {
+                state.leaving = true;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The ledger stays after all.
+    pub fn unmark_leaving(&mut self, ledger: LedgerId) {
+        if let Some(state) = self.ledgers.get_mut(&ledger) {
+            state.leaving = false;
+        }
+    }
+
+    /// Whether the ledger is about to be dropped (G1).
+    #[must_use]
+    pub fn is_leaving(&self, ledger: LedgerId) -> bool {
+        self.ledgers.get(&ledger).is_some_and(|ledger| ledger.leaving)
+    }
+
+    /// Which rows of the ledger count.
+    #[must_use]
+    pub fn validity(&self, ledger: LedgerId) -> Validity {
+        if !self.moved_away.contains(ledger) {
+            return Validity::All;
+        }
+        let from = self.ledgers.get(&ledger).and_then(|ledger| ledger.valid_from);
+        from.map_or(Validity::Nothing, Validity::From)
+    }
+
+    /// Whether nothing of the ledger that lies in this journal file counts.
+    #[must_use]
+    pub fn is_dead_in(&self, ledger: LedgerId, file: u64) -> bool {
+        match self.validity(ledger) {
+            Validity::All => self.tombstones.contains(ledger),
+            Validity::From(place) => place.0 > file || self.tombstones.contains(ledger),
+            Validity::Nothing => true,
+        }
+    }
+
+    /// Bytes stored of a ledger, about.
+    #[must_use]
+    pub fn bytes(&self, ledger: LedgerId) -> u64 {
+        self.ledgers.get(&ledger).map_or(0, |ledger| ledger.bytes)
     }
 
     /// Remembers a LAC that the writer told; refused after a fence (section 3).
@@ -355,7 +432,7 @@ impl Ledgers {
             .active
             .get(&key)
             .or_else(|| self.frozen.as_ref().and_then(|frozen| frozen.get(&key)));
-        row.copied()
+        row.copied().filter(|row| self.validity(ledger).admits(row))
     }
 
     /// The rows in memory of a range, ascending.
@@ -370,6 +447,8 @@ impl Ledgers {
             rows.extend(frozen.range(range.clone()).map(|(key, row)| (key.1, *row)));
         }
         rows.extend(self.active.range(range).map(|(key, row)| (key.1, *row)));
+        let validity = self.validity(ledger);
+        rows.retain(|_, row| validity.admits(row)); // a frozen row may be of a copy that is gone
         rows
     }
 
@@ -385,7 +464,7 @@ impl Ledgers {
         if self.tombstones.contains(ledger) {
             return AbsentVerdict::Dropped;
         }
-        if self.moved_away.contains(ledger) {
+        if self.moved_away.contains(ledger) || self.is_leaving(ledger) {
             return AbsentVerdict::Dropped;
         }
         if self.limbo.is_none() {
@@ -405,6 +484,12 @@ impl Ledgers {
         if self.damaged.len() < DAMAGED_MAX {
             self.damaged.insert((ledger, entry), row);
         }
+    }
+
+    /// Whether the bytes at this row are known to fail their check: then they are not listed as held (LIST).
+    #[must_use]
+    pub fn is_damaged(&self, ledger: LedgerId, entry: EntryId, row: &Row) -> bool {
+        self.damaged.get(&(ledger, entry)) == Some(row)
     }
 
     /// The bound, if anything is in limbo.
@@ -461,6 +546,7 @@ impl Ledgers {
     pub fn drop_moved_away(&mut self, ledger: LedgerId) {
         self.moved_away.insert(ledger);
         self.forget(ledger);
+        self.version += 1; // what was looked up before may be a row of the copy that is gone
     }
 
     fn forget(&mut self, ledger: LedgerId) {
@@ -505,6 +591,8 @@ impl Ledgers {
                 fenced: state.fence != Fence::None,
                 lac: state.lac,
                 indexed_max: state.indexed_max,
+                valid_from: state.valid_from,
+                bytes: state.bytes,
             }
         });
         (frozen, summaries.collect())
@@ -520,7 +608,7 @@ impl Ledgers {
     pub fn thaw_back(&mut self) {
         let Some(frozen) = self.frozen.take() else { return };
         for (&(ledger, entry), row) in frozen.iter() {
-            if self.ledgers.contains_key(&ledger) {
+            if self.ledgers.contains_key(&ledger) && self.validity(ledger).admits(row) {
                 self.active.entry((ledger, entry)).or_insert(*row);
             }
         }

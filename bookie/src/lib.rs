@@ -13,9 +13,12 @@
 //! ```
 //! And of a start: `start.rs`, with the verdict in `journal/replay.rs` (D3, D4).
 //!
-//! What it deliberately does not know: topics, offsets, cursors, quorums. It never talks to another bookie (auto-recovery,
-//! and with it the way out of limbo, is not here yet).
+//! Beside it runs [`auto_recovery`]: the same process, none of the same state. It finds what is lost, copies, and proves
+//! that a bookie may go.
+//!
+//! What the bookie itself deliberately does not know: topics, offsets, cursors, quorums. It never talks to another bookie.
 
+pub mod auto_recovery;
 mod bookie;
 pub mod config;
 mod cookie;
@@ -32,11 +35,13 @@ mod registration;
 mod rpc;
 mod start;
 mod state;
+pub mod validity;
 
+pub use auto_recovery::{AutoRecoveryConfig, AutoRecoveryParts};
 pub use bookie::{Bookie, BookieParts};
 pub use config::{BookieConfig, DiskLimits};
 pub use cookie::{CookieError, INCARNATION_COUNTER};
-pub use metrics::BookieMetrics;
+pub use metrics::{AutoRecoveryMetrics, BookieMetrics};
 pub use start::StartError;
 
 #[cfg(test)]

@@ -33,6 +33,10 @@ pub const CHECKPOINTS: &str = "bookie.checkpoints"; // 1
 pub const FILES_RELEASED: &str = "bookie.journal.files.released"; // 1
 /// Ledgers dropped because they were Deleted.
 pub const LEDGERS_DROPPED: &str = "bookie.ledgers.dropped"; // 1
+/// Ledgers dropped because they moved away (G1).
+pub const LEDGERS_MOVED: &str = "bookie.ledgers.moved"; // 1
+/// GC passes that stopped since they would have dropped too much (G2): an alarm.
+pub const GC_REFUSED: &str = "bookie.gc.refused"; // 1
 /// Bytes of the write cache.
 pub const WRITE_CACHE_BYTES: &str = "bookie.write.cache.bytes"; // B
 
@@ -53,6 +57,8 @@ pub struct BookieMetrics {
     pub checkpoints: Counter,
     pub files_released: Counter,
     pub ledgers_dropped: Counter,
+    pub ledgers_moved: Counter,
+    pub gc_refused: Counter,
     pub write_cache_bytes: Gauge,
 }
 
@@ -83,6 +89,8 @@ impl Default for BookieMetrics {
             checkpoints: Counter::default(),
             files_released: Counter::default(),
             ledgers_dropped: Counter::default(),
+            ledgers_moved: Counter::default(),
+            gc_refused: Counter::default(),
             write_cache_bytes: Gauge::default(),
         }
     }
@@ -121,6 +129,8 @@ impl BookieMetrics {
             (CHECKPOINTS, "Checkpoints written", &metrics.checkpoints),
             (FILES_RELEASED, "Journal files released", &metrics.files_released),
             (LEDGERS_DROPPED, "Deleted ledgers dropped", &metrics.ledgers_dropped),
+            (LEDGERS_MOVED, "Ledgers dropped that moved away", &metrics.ledgers_moved),
+            (GC_REFUSED, "Passes that would have dropped too much", &metrics.gc_refused),
         ] {
             registry.register(name(dotted, ""), help, counter.clone());
         }
@@ -130,6 +140,66 @@ impl BookieMetrics {
             (WRITE_CACHE_BYTES, "Bytes of the write cache", &metrics.write_cache_bytes),
         ] {
             registry.register(name(dotted, ""), help, gauge.clone());
+        }
+        metrics
+    }
+}
+
+/// Incarnations that are lost, as the auditor sees it (A1).
+pub const AUDIT_LOST: &str = "bookie.audit.lost"; // 1
+/// Ledgers that the auditor listed for repair.
+pub const AUDIT_LISTED: &str = "bookie.audit.listed"; // 1
+/// Full scans of the ledgers.
+pub const AUDIT_SCANS: &str = "bookie.audit.scans"; // 1
+/// Ledgers whose copies were compared with the metadata in the periodic check.
+pub const AUDIT_CHECKED: &str = "bookie.audit.checked"; // 1
+/// Ledgers that wait for a copy, as listed in the store.
+pub const REPAIR_LISTED: &str = "bookie.repair.listed"; // 1
+/// Payload bytes copied to make ledgers whole.
+pub const REPAIR_BYTES: &str = "bookie.repair.bytes"; // B
+/// Ledgers made whole and unlisted.
+pub const REPAIR_LEDGERS: &str = "bookie.repair.ledgers"; // 1
+/// Slots that got another holder (A2).
+pub const REPAIR_SLOTS: &str = "bookie.repair.slots"; // 1
+/// Ledgers with entries that no peer could give when this bookie last looked (A4): an alarm.
+pub const REPAIR_UNREADABLE: &str = "bookie.repair.unreadable"; // 1
+
+/// What auto-recovery counts. `default()` is not registered anywhere.
+#[derive(Clone, Debug, Default)]
+pub struct AutoRecoveryMetrics {
+    pub lost: Gauge,
+    pub listed_by_audit: Counter,
+    pub scans: Counter,
+    pub checked: Counter,
+    pub listed: Gauge,
+    pub bytes: Counter,
+    pub ledgers: Counter,
+    pub slots: Counter,
+    pub unreadable: Gauge,
+}
+
+impl AutoRecoveryMetrics {
+    /// Metrics registered under `geminga_bookie_audit_...` and `geminga_bookie_repair_...`; see [`BookieMetrics::register`].
+    #[must_use]
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self::default();
+        let name = |dotted: &str| format!("geminga_{}", dotted.replace('.', "_"));
+        for (dotted, help, counter) in [
+            (AUDIT_LISTED, "Ledgers listed for repair", &metrics.listed_by_audit),
+            (AUDIT_SCANS, "Full scans of the ledgers", &metrics.scans),
+            (AUDIT_CHECKED, "Ledgers compared with their copies", &metrics.checked),
+            (REPAIR_BYTES, "Payload bytes copied", &metrics.bytes),
+            (REPAIR_LEDGERS, "Ledgers made whole", &metrics.ledgers),
+            (REPAIR_SLOTS, "Slots that got another holder", &metrics.slots),
+        ] {
+            registry.register(name(dotted), help, counter.clone());
+        }
+        for (dotted, help, gauge) in [
+            (AUDIT_LOST, "Lost incarnations", &metrics.lost),
+            (REPAIR_LISTED, "Ledgers that wait for a copy", &metrics.listed),
+            (REPAIR_UNREADABLE, "Ledgers with entries that no peer gives", &metrics.unreadable),
+        ] {
+            registry.register(name(dotted), help, gauge.clone());
         }
         metrics
     }

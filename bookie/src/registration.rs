@@ -7,10 +7,15 @@ use geminga_proto::storage::v1 as wire;
 use prost::Message;
 use tokio::sync::watch;
 
-use crate::{cookie, fencing::Room, state::Shared};
+use crate::{
+    auto_recovery::is_draining,
+    cookie::{self, CookieError},
+    fencing::Room,
+    state::Shared,
+};
 
 /// What others may know of this bookie now.
-fn status(shared: &Shared, instance: [u8; 16]) -> wire::Available {
+fn status(shared: &Shared, instance: [u8; 16], drains: bool) -> wire::Available {
     let core = shared.core();
     let limbo = core.ledgers.limbo();
     shared.metrics.limbo_ledgers.set(core.ledgers.limbo_ledgers() as i64);
@@ -20,13 +25,15 @@ fn status(shared: &Shared, instance: [u8; 16]) -> wire::Available {
         instance: instance.to_vec().into(),
         address: shared.config.address.clone(),
         writable: core.room == Room::Writable,
-        draining: shared.config.draining,
+        draining: shared.config.draining || drains,
         limbo: limbo.map(|bound| wire::Bound {
             generation: bound.generation.into(),
             revision: bound.revision,
         }),
         disk_free_bytes: core.space.0,
         disk_total_bytes: core.space.1,
+        zone: shared.config.zone.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }
 
@@ -51,6 +58,7 @@ pub(crate) async fn run(
     let recheck = shared.config.lease_ttl.max(Duration::from_secs(1));
     let mut lease = None;
     let mut written: Option<wire::Available> = None;
+    let mut drains = false;
     loop {
         let held = tokio::select! {
             biased;
@@ -62,7 +70,10 @@ pub(crate) async fn run(
             written = None;
         }
         lease = Some(held);
-        let now = status(&shared, instance);
+        if let Ok((_, wish)) = shared.store.get(&keys::draining_bookie(&shared.config.id)).await {
+            drains = wish.is_some_and(|wish| is_draining(&wish.value)); // unreadable: as before
+        }
+        let now = status(&shared, instance, drains);
         if written.as_ref().is_none_or(|old| differs(old, &now)) {
             let put = Op::Put { key: key.clone(), value: now.encode_to_vec().into(), lease };
             let ours = Compare::ModRevision(keys::cookie(&shared.config.id), cookie_revision);
@@ -86,8 +97,17 @@ pub(crate) async fn run(
             }
         }
         if let Ok(found) = cookie::read_store(&shared.store, &shared.config.id).await {
-            let found = found
-                .ok_or_else(|| io::Error::other("the store's cookie of this bookie is gone"))?;
+            let Some(found) = found else {
+                let Ok(why) = cookie::absent(&shared.store, &shared.config.id).await else {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                };
+                if matches!(why, CookieError::Decommissioned { .. }) {
+                    keeper.end().await;
+                    shared.end_decommissioned();
+                }
+                return Err(io::Error::other(why));
+            };
             found.check(&shared.identity).map_err(io::Error::other)?;
             if found.revision != cookie_revision {
                 cookie_revision = found.revision;

@@ -8,6 +8,7 @@ use geminga_bookie_client::bookie_rpc::{
     FenceRequest, LacAnswer, ListAnswer, ReadAnswer, ReadRequest, Unknown,
 };
 use geminga_proto::ids::{EntryId, Incarnation, LedgerId};
+use geminga_runtime::telemetry::{MessageSpan, SpanKind};
 use tokio::{
     sync::{OwnedSemaphorePermit, oneshot},
     time::{Instant, timeout_at},
@@ -40,8 +41,9 @@ enum Step {
     Judge,
 }
 
-impl BookieRpc for Bookie {
-    fn add(&self, request: AddRequest) -> Answer<AddAnswer> {
+impl Bookie {
+    /// ADD, see [`BookieRpc::add`].
+    fn add_entry(&self, request: AddRequest) -> Answer<AddAnswer> {
         let shared = self.shared();
         if let Err(why) = meant_for(shared, request.to, request.deadline) {
             return failed(shared, AddAnswer::Unknown(why));
@@ -68,6 +70,27 @@ impl BookieRpc for Bookie {
                 add_answer(Arc::clone(shared), deadline, answer).boxed()
             }
         }
+    }
+}
+
+impl BookieRpc for Bookie {
+    fn add(&self, request: AddRequest) -> Answer<AddAnswer> {
+        let span = request.entry.payload.trace.as_ref().and_then(|trace| {
+            let mut span = MessageSpan::below(trace, "add", SpanKind::Server, "receive")?;
+            span.set("messaging.geminga.ledger_id", format!("{}", request.entry.ledger.0));
+            span.set("messaging.geminga.entry_id", format!("{}", request.entry.id.0));
+            Some(span)
+        });
+        let answer = self.add_entry(request);
+        let Some(mut span) = span else { return answer };
+        async move {
+            let answer = answer.await;
+            if answer != AddAnswer::Ok {
+                span.failed(format!("{answer:?}"));
+            }
+            answer
+        }
+        .boxed()
     }
 
     fn write_lac(&self, to: Incarnation, ledger: LedgerId, lac: EntryId) -> Answer<()> {
@@ -326,10 +349,12 @@ async fn resolve_add(
                 Judged::Unreadable => return Some(AddAnswer::Unknown(Unknown::Busy)),
             },
             Step::LookUp { version } => {
-                let indexes = read::indexes(&shared.core());
-                let found = shared
-                    .run(&shared.read_io, move |_| Ok(read::look_up(&indexes, ledger, id, id)))
-                    .await;
+                let (indexes, validity) = {
+                    let core = shared.core();
+                    (read::indexes(&core), core.ledgers.validity(ledger))
+                };
+                let look = move |_: &Shared| Ok(read::look_up(&indexes, ledger, id, id, validity));
+                let found = shared.run(&shared.read_io, look).await;
                 match found.and_then(|found| found) {
                     Ok(rows) => {
                         Some(Known { version, row: rows.get(&id).copied(), damaged: false })
@@ -492,7 +517,7 @@ async fn list(
     if range.first > range.last {
         return Ok(EntrySet::default());
     }
-    let (rows, indexes, indexed) = {
+    let (rows, indexes, indexed, validity) = {
         let core = shared.core();
         if core.ended {
             return Err(Unknown::Disconnected);
@@ -500,14 +525,23 @@ async fn list(
         if core.ledgers.is_dropped(ledger) {
             return Err(Unknown::Dropped);
         }
+        if core.ledgers.is_leaving(ledger) {
+            return Err(Unknown::Dropped); // nobody may count on what is about to go (G1)
+        }
         let indexed = core.ledgers.indexed_max(ledger) >= Some(range.first);
-        (core.ledgers.rows(ledger, range.first, range.last), read::indexes(&core), indexed)
+        let rows = core.ledgers.rows(ledger, range.first, range.last);
+        (rows, read::indexes(&core), indexed, core.ledgers.validity(ledger))
     };
-    if !indexed {
-        return Ok(rows.into_keys().collect());
-    }
-    let _permit = lookup(shared).ok_or(Unknown::Busy)?;
-    let work =
-        shared.run(&shared.read_io, move |s| Ok(read::list(s, &indexes, ledger, range, rows)));
-    work.await.map_err(|error| Unknown::Io(error.to_string()))?
+    let rows = if indexed {
+        let _permit = lookup(shared).ok_or(Unknown::Busy)?;
+        let work = move |s: &Shared| Ok(read::list(s, &indexes, ledger, range, rows, validity));
+        let listed = shared.run(&shared.read_io, work).await;
+        listed.map_err(|error| Unknown::Io(error.to_string()))??
+    } else {
+        rows
+    };
+    // What a reader found damaged is not held: A2 fills it in, and the repeated add replaces it (section 3).
+    let core = shared.core();
+    let good = rows.iter().filter(|(entry, row)| !core.ledgers.is_damaged(ledger, **entry, row));
+    Ok(good.map(|(entry, _)| *entry).collect())
 }

@@ -179,7 +179,10 @@ async fn identify(
     let repair = parts.config.take_new_incarnation;
     if let Ok(Local::Known(identity)) = &local {
         let fits = match &in_store {
-            None => Err(CookieError::NotInStore { bookie: id.clone() }),
+            None => {
+                let absent = patiently(deadline, "the drain", || cookie::absent(&parts.store, &id));
+                Err(absent.await?)
+            }
             Some(found) => found.check(identity),
         };
         let disk = parts.disk.clone();
@@ -340,7 +343,9 @@ fn load(
     let rebuilt = match &indexes {
         Some(_) => None,
         None => {
-            checkpoint.ledgers.iter_mut().for_each(|ledger| ledger.indexed_max = None);
+            for ledger in &mut checkpoint.ledgers {
+                (ledger.indexed_max, ledger.bytes) = (None, 0);
+            }
             Some(rebuild(&files, &checkpoint, nonce, &mut lost)?)
         }
     };
@@ -568,7 +573,9 @@ fn apply(loaded: &mut Loaded, current: Current, places: &[Mark]) -> Taken {
     );
     let mut files: BTreeMap<u64, FileInfo> = checkpoint.files.iter().cloned().collect();
     for (record, place) in loaded.rebuilt.take().unwrap_or_default() {
-        replay_record(&mut ledgers, &mut files, &record, place);
+        if counts(&ledgers, &record, place) {
+            replay_record(&mut ledgers, &mut files, &record, place);
+        }
     }
     for (number, groups) in &loaded.scanned {
         let info = files.entry(*number).or_default();
@@ -600,6 +607,17 @@ fn apply(loaded: &mut Loaded, current: Current, places: &[Mark]) -> Taken {
     info.first = if info.first == 0 { last.number } else { info.first };
     info.last = last.number;
     Taken { current, ledgers, files, last }
+}
+
+/// Whether a row in front of the mark counts: the copy it was of may have moved away since (D13).
+fn counts(ledgers: &Ledgers, record: &Record, place: Mark) -> bool {
+    match *record {
+        Record::Add { ledger, position, length, digest, .. } => {
+            let position = place.position + u64::from(position);
+            ledgers.validity(ledger).admits(&Row { file: place.file, position, length, digest })
+        }
+        _ => true,
+    }
 }
 
 fn replay_record(

@@ -3,7 +3,15 @@
 //! The lock is what makes D2's single step: an add is checked against the fence, becomes visible as pending, and gets its
 //! place in the journal's order while it is held. The journal's owner task takes groups out and puts verdicts back in.
 
-use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use geminga_bookie_client::bookie_rpc::Unknown;
 use geminga_metadata::SharedStore;
@@ -23,6 +31,7 @@ use crate::{
     cookie::Identity,
     crash_points::CrashPoints,
     fencing::{Ledgers, Room},
+    gc,
     journal::{
         files::Files,
         queue::{Item, Queue},
@@ -101,7 +110,11 @@ pub(crate) struct Shared {
     pub(crate) lookups: Arc<Semaphore>,
     /// Held during a checkpoint.
     pub(crate) checkpointing: tokio::sync::Mutex<()>,
+    /// What GC saw in earlier passes; one pass at a time.
+    pub(crate) gc: tokio::sync::Mutex<gc::Memory>,
     pub(crate) failure: watch::Sender<Option<String>>,
+    /// The end was no failure: the bookie was decommissioned (DC1).
+    decommissioned: AtomicBool,
     core: Mutex<Core>,
     lock: Mutex<Option<Arc<LockGuard>>>,
 }
@@ -133,7 +146,9 @@ impl Shared {
             status_wake: Notify::new(),
             lookups: Arc::new(Semaphore::new(parts.config.lookups_max)),
             checkpointing: tokio::sync::Mutex::new(()),
+            gc: tokio::sync::Mutex::default(),
             failure: watch::Sender::new(None),
+            decommissioned: AtomicBool::new(false),
             core: Mutex::new(core),
             lock: Mutex::new(Some(lock)),
             parts,
@@ -175,10 +190,25 @@ impl Shared {
         }
         *self.lock.lock() = None;
         if let Some(cause) = cause {
-            tracing::error!(bookie_id = self.config.id, cause, "bookie ends");
+            if self.is_decommissioned() {
+                tracing::info!(bookie_id = self.config.id, "bookie is decommissioned");
+            } else {
+                tracing::error!(bookie_id = self.config.id, cause, "bookie ends");
+            }
             self.failure.send_replace(Some(cause.to_owned()));
         }
         self.tasks.abort();
+    }
+
+    /// Ends the bookie since its cookie is gone with a proof that no ledger names it (DC1).
+    pub(crate) fn end_decommissioned(&self) {
+        self.decommissioned.store(true, Ordering::Release);
+        self.end(Some("the bookie was decommissioned: no ledger names it any more"));
+    }
+
+    /// Whether the bookie ended because it was decommissioned.
+    pub(crate) fn is_decommissioned(&self) -> bool {
+        self.decommissioned.load(Ordering::Acquire)
     }
 
     /// Queues an item for the journal and wakes its owner.

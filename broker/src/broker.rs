@@ -3,20 +3,24 @@
 use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use geminga_managed_ledger::ManagedLedgers;
-use geminga_metadata::{ClusterError, LeaseKeeper, SharedStore, ensure_cluster};
+use geminga_metadata::{
+    ClusterError, LeaseKeeper, SharedStore, Standing, StandingSetter, ensure_cluster,
+};
 use geminga_proto::{
     FILE_DESCRIPTOR_SET,
     admin::v1::admin_server::AdminServer,
+    internal::v1::segments_server::SegmentsServer,
     v1::{
         discovery_server::DiscoveryServer, publisher_server::PublisherServer,
         subscriber_server::SubscriberServer,
     },
 };
-use geminga_runtime::{
-    budget::ByteBudget, clock::SharedClock, random::Random, tasks::Tasks,
-    telemetry::MetricsRegistry,
+use geminga_runtime::{budget::ByteBudget, clock::SharedClock, random::Random, tasks::Tasks};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+    time::{Instant, timeout},
 };
-use tokio::{net::TcpListener, sync::Semaphore, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     server::NamedService,
@@ -37,7 +41,9 @@ use crate::{
     metrics::Metrics,
     ownership::{Ownership, OwnershipParts},
     publish::PublisherService,
+    relay::{Peers, RelayBytes, SegmentsService},
     subscription::SubscriberService,
+    tier,
 };
 
 /// Bundles of a cluster that this broker is the first to start in.
@@ -54,13 +60,17 @@ const LEASE_DEADLINE: Duration = Duration::from_secs(10);
 const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// What a broker is made of.
+#[derive(Clone)]
 pub struct BrokerParts {
     pub store: SharedStore,
     pub managed: ManagedLedgers,
+    /// Told whether the broker's claims are confirmed (O3); its other half belongs into the ledger client. None: an embedded
+    /// store, which never goes away alone.
+    pub standing: Option<StandingSetter>,
     pub clock: SharedClock,
     pub random: Random,
     pub config: BrokerConfig,
-    pub registry: MetricsRegistry,
+    pub metrics: Metrics,
 }
 
 /// Why a broker did not start.
@@ -91,6 +101,8 @@ pub struct Held {
     pub publish_bytes: u64,
     /// Payload bytes read for consumers and not taken by their connections.
     pub dispatch_bytes: u64,
+    /// Payload bytes on their way to and from other brokers.
+    pub relay_bytes: u64,
     /// Publish, consume and watch streams.
     pub streams: usize,
 }
@@ -144,13 +156,12 @@ impl Broker {
         authorizer: Arc<dyn Authorizer>,
         tasks: &Tasks,
     ) -> Result<Self, StartError> {
-        let BrokerParts { store, managed, clock, random, config, registry } = parts;
+        let BrokerParts { store, managed, standing: told, clock, random, config, metrics } = parts;
         let cluster = ensure_cluster(&store, &random, clock.now(), BUNDLES).await?;
         let listen = |source| StartError::Listen { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let advertised = config.advertise.clone().unwrap_or_else(|| address.to_string());
-        let metrics = registry.with(Metrics::register);
         let lease = LeaseKeeper::start(store.clone(), config.lease_ttl, tasks);
         if !matches!(timeout(LEASE_DEADLINE, lease.held()).await, Ok(Some(_))) {
             return Err(StartError::Lease);
@@ -162,10 +173,18 @@ impl Broker {
             ManagedLedgers::initial_list,
             tasks.token(),
         );
+        let (setter, standing) = Standing::new();
+        let catalog = catalog.under(standing.clone());
+        let peers = Peers::new(config.limits.clone());
         let ownership = Ownership::start(OwnershipParts {
             config: config.clone(),
             instance: random.uuid(),
             address: advertised,
+            started_at_ms: clock.now().0,
+            told,
+            setter,
+            standing,
+            peers: peers.clone(),
             store: store.clone(),
             catalog: catalog.clone(),
             managed,
@@ -173,6 +192,14 @@ impl Broker {
             metrics: metrics.clone(),
             tasks: tasks.child("ownership"),
         });
+        // Before that this broker would take itself for the only one.
+        let known = async {
+            ownership.members().caught_up().await;
+            ownership.registered().await;
+        };
+        if timeout(LEASE_DEADLINE, known).await.is_err() {
+            return Err(StartError::Lease);
+        }
         let limits = config.limits.clone();
         let shared = Arc::new(Context {
             catalog,
@@ -185,11 +212,14 @@ impl Broker {
             draining: Draining::new(CancellationToken::new()),
             stream_slots: Arc::new(Semaphore::new(limits.streams_max)),
             publish_bytes: ByteBudget::new(limits.broker_bytes_max),
+            relay_bytes: RelayBytes::new(limits.relay_bytes_max),
+            peers,
             dispatch_bytes: ByteBudget::new(limits.dispatch_bytes_max),
             config,
         });
         let driver = lifecycle::drive_stalled_subscriptions(Arc::clone(&shared));
         tasks.spawn("subscription driver", driver);
+        tier::start(&shared, &store, tasks);
         let (server, killed) = (tasks.child("server"), CancellationToken::new());
         let closing = server.token();
         let listener_parts =
@@ -214,9 +244,17 @@ impl Broker {
         Held {
             publish_bytes: self.shared.publish_bytes.in_use(),
             dispatch_bytes: self.shared.dispatch_bytes.in_use(),
+            relay_bytes: self.shared.relay_bytes.in_use(),
             streams: self.shared.config.limits.streams_max
                 - self.shared.stream_slots.available_permits(),
         }
+    }
+
+    /// Whether it is registered under the lease that it holds, and takes bundles: what a readiness probe asks. False from the
+    /// moment that it drains.
+    #[must_use]
+    pub fn ready(&self) -> watch::Receiver<bool> {
+        self.shared.ownership.ready()
     }
 
     /// Resolves with the failure of a task the broker cannot do without.
@@ -224,11 +262,15 @@ impl Broker {
         self.tasks.failed().await
     }
 
-    /// Ends it: it calls itself not serving, streams are told to go and have until `grace`; then segments are closed cleanly
-    /// and the lease is given back, so that the next owner needs no recovery and no wait.
+    /// Ends it: it calls itself not serving, hands its bundles to the brokers that are there (their clients are told where
+    /// to go, and see no error), then tells what streams are left to go. All of that has until `grace`; then segments are
+    /// closed cleanly and the lease is given back, so that the next owner needs no recovery and no wait.
     pub async fn shutdown(self, grace: Duration) {
-        self.shared.draining.begin(grace);
+        let deadline = Instant::now() + grace;
         tell_health(&self.health, ServingStatus::NotServing).await;
+        self.shared.ownership.stop(deadline).await;
+        let grace = deadline.saturating_duration_since(Instant::now());
+        self.shared.draining.begin(grace);
         self.shared.streams.shutdown(grace + STOP_GRACE).await;
         self.shared.ownership.close(shutting_down()).await;
         self.lease.end().await;
@@ -298,6 +340,10 @@ async fn router(shared: &Shared) -> Result<(HealthReporter, Router<Layers>), Sta
         )
         .add_service(
             AdminServer::new(AdminService(shared.clone()))
+                .max_decoding_message_size(REQUEST_BYTES_MAX),
+        )
+        .add_service(
+            SegmentsServer::new(SegmentsService(shared.clone()))
                 .max_decoding_message_size(REQUEST_BYTES_MAX),
         )
         .add_service(health_service)

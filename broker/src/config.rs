@@ -24,6 +24,13 @@ pub struct BrokerConfig {
     pub advertise: Option<String>,
     /// Length of the ownership lease (O1).
     pub lease_ttl: Duration,
+    /// Time that streams have to leave a segment that is handed to another broker.
+    pub move_drain: Duration,
+    /// Mean time between two rounds of the janitor over cold storage (X4). An object goes a day after it was written at the
+    /// earliest; each round costs a listing of everything there, shared by the brokers.
+    pub sweep_interval: Duration,
+    /// Fewest writable bookies that a drain may leave: the ensemble size (DC1).
+    pub bookies_min: usize,
     /// Whether missing topics are created on first use at all; where they are, the namespace's policy decides.
     pub auto_create_topics: bool,
     /// The bounds below.
@@ -56,6 +63,9 @@ pub struct Limits {
     pub dispatch_bytes_max: u64,
     /// Read-ahead of one consume stream, payload bytes.
     pub read_ahead_bytes_max: u64,
+    /// Payload bytes of relayed streams and calls on their way through this broker: half of it to owners, half back (O6). A
+    /// stream may always hold one reply beyond it.
+    pub relay_bytes_max: u64,
     /// Delivered bytes that wait for a slow connection, per stream.
     pub outbox_bytes_max: usize,
     /// Messages delivered to a subscription of one segment and not settled.
@@ -101,6 +111,9 @@ impl BrokerConfig {
             listen,
             advertise: None,
             lease_ttl: Duration::from_secs(5),
+            move_drain: Duration::from_secs(2),
+            sweep_interval: Duration::from_secs(6 * 3600),
+            bookies_min: 3,
             auto_create_topics: true,
             limits: Limits::default(),
         }
@@ -120,6 +133,7 @@ impl Default for Limits {
             connection_bytes_max: 64 * MIB,
             broker_bytes_max: 256 * MIB,
             dispatch_bytes_max: 256 * MIB,
+            relay_bytes_max: 64 * MIB,
             read_ahead_bytes_max: 2 * MIB,
             outbox_bytes_max: MIB as usize,
             unacked_messages_max: 500_000,

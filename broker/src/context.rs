@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use geminga_proto::{reason::Reason, v1::GoAway};
+use geminga_proto::{
+    reason::Reason,
+    v1::{GoAway, OwnerHint},
+};
 use geminga_runtime::{budget::ByteBudget, random::Random, tasks::Tasks};
 use parking_lot::Mutex;
 use tokio::{
@@ -19,7 +22,8 @@ use crate::{
     errors::Refusal,
     listener::{Connection, StreamSlot},
     metrics::Metrics,
-    ownership::Ownership,
+    ownership::{Ownership, Segment},
+    relay::{Peers, RelayBytes},
 };
 
 /// Shared handle to what every service needs.
@@ -42,6 +46,10 @@ pub(crate) struct Context {
     pub(crate) stream_slots: Arc<Semaphore>,
     /// Bytes of batches taken from producers, all connections together.
     pub(crate) publish_bytes: ByteBudget,
+    /// Other brokers.
+    pub(crate) peers: Peers,
+    /// Payload bytes on their way to and from other brokers.
+    pub(crate) relay_bytes: RelayBytes,
     /// Payload bytes read for consumers and not taken by their connections, all streams together.
     pub(crate) dispatch_bytes: ByteBudget,
 }
@@ -56,7 +64,30 @@ impl Context {
         if self.draining.begun() {
             return Err(shutting_down());
         }
+        if connection.is_relayed() {
+            self.gate.check_relay(connection.caller())?;
+            if !connection.names_its_principal() {
+                let message = "a relayed request must name a principal that it can be for";
+                return Err(Refusal::new(Reason::PermissionDenied, message));
+            }
+        }
         self.gate.check(connection.principal(), request)
+    }
+
+    /// Resolves when streams on a segment are to be told to go: it is handed to another broker, or this one stops.
+    /// Cancel-safe.
+    pub(crate) async fn told_to_go(&self, segment: &Segment) -> GoAway {
+        tokio::select! {
+            biased;
+            moving = segment.moving() => {
+                let left = moving.until.saturating_duration_since(Instant::now()).as_millis();
+                let drain_by_ms = u32::try_from(left).unwrap_or(u32::MAX);
+                GoAway { drain_by_ms, owner: Some(moving.to) }
+            }
+            () = self.draining.started() => {
+                self.draining.go_away(self.ownership.next_owner(segment.id()))
+            }
+        }
     }
 
     /// Runs a stream, but no longer than the broker has: open or not.
@@ -144,9 +175,9 @@ impl Draining {
     }
 
     /// What streams tell their clients.
-    pub(crate) fn go_away(&self) -> GoAway {
+    pub(crate) fn go_away(&self, owner: Option<OwnerHint>) -> GoAway {
         let deadline = self.deadline.lock().unwrap_or_else(Instant::now);
         let left = deadline.saturating_duration_since(Instant::now()).as_millis();
-        GoAway { drain_by_ms: u32::try_from(left).unwrap_or(u32::MAX), owner: None }
+        GoAway { drain_by_ms: u32::try_from(left).unwrap_or(u32::MAX), owner }
     }
 }

@@ -1,6 +1,6 @@
 //! The one place where a refusal becomes a gRPC status: reason, canonical code, and google.rpc details.
 
-use std::{fmt, time::Duration};
+use std::{borrow::Cow, fmt, time::Duration};
 
 use geminga_metadata::StoreError;
 use geminga_proto::{
@@ -22,7 +22,7 @@ pub struct Refusal {
     /// One sentence with the names and numbers of this case.
     pub message: String,
     /// Facts for programs, sent as `ErrorInfo.metadata`.
-    pub facts: Vec<(&'static str, String)>,
+    pub facts: Vec<(Cow<'static, str>, String)>,
     /// Where the segment is served instead.
     pub owner: Option<OwnerHint>,
     /// When to come back; a default for reasons that may be retried.
@@ -52,7 +52,7 @@ impl Refusal {
     /// Adds a fact for programs.
     #[must_use]
     pub fn with(mut self, name: &'static str, value: impl fmt::Display) -> Self {
-        self.facts.push((name, value.to_string()));
+        self.facts.push((Cow::Borrowed(name), value.to_string()));
         self
     }
 
@@ -102,7 +102,7 @@ impl Refusal {
     fn details(&self) -> ErrorDetails {
         let mut details = ErrorDetails::new();
         let mut metadata: Vec<(String, String)> =
-            self.facts.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+            self.facts.iter().map(|(name, value)| (name.to_string(), value.clone())).collect();
         if let Some(owner) = &self.owner {
             metadata.push(("owner_segment".into(), owner.segment.to_string()));
             metadata.push(("owner_address".into(), owner.address.clone()));
@@ -176,6 +176,31 @@ pub fn unreadable(status: &Status) -> Refusal {
     Refusal::request(format!("what was sent cannot be read: {}", status.message()))
 }
 
+/// A refusal that another broker gave, as its own words; none when it is the transport's.
+#[must_use]
+pub fn of_peer(status: &Status) -> Option<Refusal> {
+    let info = status.get_details_error_info()?;
+    let mut refusal = Refusal::new(Reason::parse(&info.reason)?, status.message());
+    let fact = |name: &str| info.metadata.get(name);
+    if let (Some(segment), Some(address)) = (fact("owner_segment"), fact("owner_address"))
+        && let Ok(segment) = segment.parse()
+    {
+        let layout_epoch = fact("layout_epoch").and_then(|epoch| epoch.parse().ok());
+        let (address, layout_epoch) = (address.clone(), layout_epoch.unwrap_or(0));
+        refusal.owner = Some(OwnerHint { segment, address, layout_epoch });
+    }
+    let of_owner = ["owner_segment", "owner_address", "layout_epoch"];
+    let facts: std::collections::BTreeMap<_, _> = info.metadata.into_iter().collect();
+    let kept = |name: &str| refusal.owner.is_none() || !of_owner.contains(&name);
+    refusal.facts = facts
+        .into_iter()
+        .filter(|(name, _)| kept(name))
+        .map(|(name, value)| (Cow::Owned(name), value))
+        .collect();
+    refusal.retry_after = status.get_details_retry_info().and_then(|info| info.retry_delay);
+    Some(refusal)
+}
+
 /// The transport names its limit as the last number of its message.
 fn limit_in(message: &str) -> Option<u64> {
     message.rsplit(|c: char| !c.is_ascii_digit()).find_map(|word| word.parse().ok())
@@ -197,6 +222,22 @@ mod tests {
             let exhausted = reason.code() == Code::ResourceExhausted;
             assert_eq!(status.get_details_quota_failure().is_some(), exhausted);
         }
+    }
+
+    #[test]
+    fn a_refusal_that_is_passed_on_says_what_it_said() {
+        let owner = OwnerHint { segment: 3, address: "h:1".into(), layout_epoch: 9 };
+        let refusals = [
+            Refusal::new(Reason::NotOwner, "elsewhere").owned_by(owner),
+            Refusal::new(Reason::LayoutChanged, "newer").with("layout_epoch", 4),
+            Refusal::new(Reason::Busy, "later").after(Duration::from_secs(3)),
+        ];
+        for refusal in refusals {
+            let passed = of_peer(&Status::from(refusal.clone())).expect("typed");
+            let delay = refusal.retry_after.unwrap_or(RETRY_DELAY);
+            assert_eq!(passed, refusal.after(delay));
+        }
+        assert_eq!(of_peer(&Status::unavailable("transport")), None);
     }
 
     #[test]

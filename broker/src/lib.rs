@@ -30,10 +30,14 @@ pub mod errors;
 mod lifecycle;
 pub mod listener;
 pub mod metrics;
+mod mirror;
 pub mod ownership;
 mod publish;
+mod relay;
+mod spans;
 mod storage_errors;
 pub mod subscription;
+mod tier;
 
 pub use broker::{Broker, BrokerParts, Held, StartError};
 pub use config::{BrokerConfig, Limits};

@@ -9,6 +9,7 @@ use geminga_managed_ledger::Start as CursorStart;
 use geminga_proto::{
     admin::v1::CreateTopicRequest,
     ids::{SegmentId, TopicId},
+    internal::v1::segment_request::{Delete, EnsureCursor, RemoveCursor, Verb},
     names::{SubscriptionName, TopicName},
     reason::Reason,
 };
@@ -20,7 +21,7 @@ use crate::{
     context::Context,
     errors::Refusal,
     ownership::Segment,
-    storage_errors,
+    relay, storage_errors,
 };
 
 /// Tries to make a subscription ready; each lost one means that the layout or the key changed meanwhile.
@@ -88,8 +89,8 @@ pub(crate) async fn delete_topic(context: &Context, name: &TopicName) -> Result<
 
 async fn finish_delete(context: &Context, topic: &Topic) -> Result<(), Refusal> {
     for segment in topic.segment_ids() {
-        let why = Refusal::new(Reason::TopicNotFound, format!("topic {} was deleted", topic.name));
-        context.ownership.delete_segment(segment, why).await?;
+        let verb = Verb::Delete(Delete { name: topic.name.to_string() });
+        relay::ask(context, segment, verb).await?;
     }
     context.catalog.remove_topic(topic).await
 }
@@ -107,11 +108,7 @@ pub(crate) async fn create_subscription(
     any_start: bool,
 ) -> Result<Subscription, Refusal> {
     let catalog = &context.catalog;
-    if let Some(found) = catalog.find_subscription(topic.id, name).await? {
-        if found.state == State::Deleting {
-            delete_subscription(context, topic, name).await?;
-        }
-    } else {
+    if catalog.find_subscription(topic.id, name).await?.is_none() {
         let subscriptions_max = context.config.limits.subscriptions_max;
         if catalog.all_subscriptions(topic).await?.len() >= subscriptions_max {
             let message = format!(
@@ -122,6 +119,12 @@ pub(crate) async fn create_subscription(
         }
     }
     for _ in 0..TRIES_MAX {
+        if let Some(found) = catalog.find_subscription(topic.id, name).await?
+            && found.state == State::Deleting
+        {
+            remove_cursors(context, topic, &found).await?;
+            catalog.remove_subscription(&found).await?;
+        }
         let subscription = catalog.begin_subscription(topic, name, start, any_start).await?;
         if subscription.state == State::Ready {
             return Ok(subscription);
@@ -133,12 +136,8 @@ pub(crate) async fn create_subscription(
                 format!("topic {} was deleted", topic.name),
             ));
         };
-        for id in topic.segment_ids() {
-            let segment = context.ownership.segment(id).await?;
-            ensure_cursor(&segment, &subscription).await?;
-        }
-        if !catalog.subscription_ready(&topic, &subscription).await? {
-            leave_no_cursor(context, &topic, &subscription).await?;
+        if make_cursors(context, &topic, &subscription).await? {
+            catalog.subscription_ready(&topic, &subscription).await?;
         }
         // Read again what stands now.
     }
@@ -146,6 +145,22 @@ pub(crate) async fn create_subscription(
         Reason::MetadataUnavailable,
         "the subscription is being changed by many; try again",
     ))
+}
+
+/// Asks each segment's owner for the cursor. False: the subscription was deleted meanwhile.
+async fn make_cursors(
+    context: &Context,
+    topic: &Topic,
+    subscription: &Subscription,
+) -> Result<bool, Refusal> {
+    for id in topic.segment_ids() {
+        let name = subscription.name.to_string();
+        let verb = Verb::EnsureCursor(EnsureCursor { name, subscription: subscription.id.0 });
+        if !relay::ask(context, id, verb).await?.stands {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Deletes a subscription: Deleting, its cursors, then the key. Its consumers' streams end.
@@ -164,32 +179,40 @@ pub(crate) async fn delete_subscription(
     context.catalog.remove_subscription(&marked).await
 }
 
-/// First the cursor, then the consumer: one that comes in between finds no cursor, or is ended.
+/// Asks each segment's owner to take the cursor away.
 async fn remove_cursors(
     context: &Context,
     topic: &Topic,
     subscription: &Subscription,
 ) -> Result<(), Refusal> {
     for id in topic.segment_ids() {
-        let segment = context.ownership.segment(id).await?;
-        let removed = segment.ledger().remove_cursor(subscription.id).await;
-        removed.map_err(|error| storage_errors::of_settle(&error))?;
-        segment.forget_subscription(subscription.id);
+        let verb = Verb::RemoveCursor(RemoveCursor { subscription: subscription.id.0 });
+        relay::ask(context, id, verb).await?;
     }
     Ok(())
 }
 
-/// After a cursor was made: if the subscription was deleted meanwhile, the cursor may have come after the deletion's look at
-/// it, and would stay for ever. Whoever made it looks again, and takes it away. True if the subscription stands.
-async fn leave_no_cursor(
+/// Makes the cursor on a segment that is here. If the subscription was deleted meanwhile, the cursor may have come after the
+/// deletion's look at it, and would stay for ever: whoever made it looks again, and takes it away. True if the subscription
+/// stands.
+///
+/// # Errors
+/// SEGMENT_FENCED and the like.
+pub(crate) async fn make_cursor(
     context: &Context,
-    topic: &Topic,
+    segment: &Segment,
     subscription: &Subscription,
 ) -> Result<bool, Refusal> {
-    let now = context.catalog.find_subscription(topic.id, &subscription.name).await?;
+    if !ensure_cursor(segment, subscription).await? {
+        return Ok(true);
+    }
+    let topic = segment.id().topic;
+    let now = context.catalog.find_subscription(topic, &subscription.name).await?;
     let stands = now.is_some_and(|now| now.id == subscription.id && now.state != State::Deleting);
     if !stands {
-        remove_cursors(context, topic, subscription).await?;
+        let removed = segment.ledger().remove_cursor(subscription.id).await;
+        removed.map_err(|error| storage_errors::of_settle(&error))?;
+        segment.forget_subscription(subscription.id);
     }
     Ok(stands)
 }
@@ -200,13 +223,10 @@ async fn leave_no_cursor(
 /// SUBSCRIPTION_NOT_FOUND when it was deleted meanwhile; SEGMENT_FENCED and the like.
 pub(crate) async fn open_cursor(
     context: &Context,
-    topic: &Topic,
     segment: &Segment,
     subscription: &Subscription,
 ) -> Result<(), Refusal> {
-    if ensure_cursor(segment, subscription).await?
-        && !leave_no_cursor(context, topic, subscription).await?
-    {
+    if !make_cursor(context, segment, subscription).await? {
         let message = format!("subscription {} was deleted", subscription.name);
         return Err(Refusal::new(Reason::SubscriptionNotFound, message));
     }

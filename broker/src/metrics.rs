@@ -16,7 +16,7 @@ use prometheus_client::{
 pub const CONNECTIONS: &str = "broker.connections";
 /// Connections closed at once because there were too many.
 pub const CONNECTIONS_REFUSED: &str = "broker.connections.refused";
-/// Streams open now; `kind` = publish | consume | watch.
+/// Streams open now; `kind` = publish | consume | watch | tier.
 pub const STREAMS: &str = "broker.streams";
 /// Refused calls, batches and settles; `reason` = one of the reasons.
 pub const REFUSED: &str = "broker.refused";
@@ -40,6 +40,26 @@ pub const SEGMENTS: &str = "broker.segments";
 pub const SEGMENT_LOAD_DURATION: &str = "broker.segment.load.duration";
 /// Messages not settled, of the subscriptions on served segments.
 pub const BACKLOG: &str = "broker.subscription.backlog";
+/// Their payload bytes, estimated.
+pub const BACKLOG_BYTES: &str = "broker.subscription.backlog.bytes";
+/// Age of the oldest of them, estimated.
+pub const BACKLOG_AGE: &str = "broker.subscription.backlog.age";
+/// Streams and calls passed on to a segment's owner.
+pub const RELAYED: &str = "broker.relayed";
+/// Payload passed on, both ways.
+pub const RELAYED_BYTES: &str = "broker.relayed.bytes";
+/// Bundles claimed now.
+pub const BUNDLES: &str = "broker.bundles";
+/// Bundles handed to another broker.
+pub const BUNDLES_MOVED: &str = "broker.bundles.moved";
+/// Bundles whose claim ran out and was made again before anybody else did.
+pub const BUNDLES_RECLAIMED: &str = "broker.bundles.reclaimed";
+/// 1 while the claims are unconfirmed for too long (O3).
+pub const PROVISIONAL: &str = "broker.provisional";
+/// Rounds over cold storage that came to their end (X4).
+pub const SWEEPS: &str = "broker.tier.sweeps";
+/// Topics, or whole rounds, that were not swept; the next round goes on.
+pub const SWEEP_FAILURES: &str = "broker.tier.sweep.failures";
 
 /// The label of [`STREAMS`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -78,6 +98,16 @@ pub struct Metrics {
     pub segments: Gauge,
     pub segment_load_duration: Histogram,
     pub backlog: Family<BacklogOf, Gauge>,
+    pub backlog_bytes: Family<BacklogOf, Gauge>,
+    pub backlog_age: Family<BacklogOf, Gauge>,
+    pub relayed: Counter,
+    pub relayed_bytes: Counter,
+    pub bundles: Gauge,
+    pub bundles_moved: Counter,
+    pub bundles_reclaimed: Counter,
+    pub provisional: Gauge,
+    pub sweeps: Counter,
+    pub sweep_failures: Counter,
 }
 
 impl Default for Metrics {
@@ -97,6 +127,16 @@ impl Default for Metrics {
             segments: Gauge::default(),
             segment_load_duration: seconds(),
             backlog: Family::default(),
+            backlog_bytes: Family::default(),
+            backlog_age: Family::default(),
+            relayed: Counter::default(),
+            relayed_bytes: Counter::default(),
+            bundles: Gauge::default(),
+            bundles_moved: Counter::default(),
+            bundles_reclaimed: Counter::default(),
+            provisional: Gauge::default(),
+            sweeps: Counter::default(),
+            sweep_failures: Counter::default(),
         }
     }
 }
@@ -148,7 +188,38 @@ impl Metrics {
             m.segment_load_duration.clone(),
         );
         registry.register(name(BACKLOG), "Messages not settled", m.backlog.clone());
+        let bytes = "Payload bytes of messages not settled, estimated";
+        registry.register(name(BACKLOG_BYTES), bytes, m.backlog_bytes.clone());
+        registry.register_with_unit(
+            name(BACKLOG_AGE),
+            "Age of the oldest message not settled, estimated",
+            Unit::Seconds,
+            m.backlog_age.clone(),
+        );
+        // Counters begin at 0, so that the first refusal of a kind is a rise.
+        for reason in geminga_proto::reason::Reason::ALL {
+            let _at_zero = m.refused.get_or_create(&RefusedFor { reason: reason.as_str() });
+        }
+        m.register_ownership(registry, name);
         m
+    }
+
+    fn register_ownership(&self, registry: &mut Registry, name: impl Fn(&str) -> String) {
+        let relayed = "Streams and calls passed on to a segment's owner";
+        registry.register(name(RELAYED), relayed, self.relayed.clone());
+        let bytes = "Payload bytes passed on, both ways";
+        registry.register(name(RELAYED_BYTES), bytes, self.relayed_bytes.clone());
+        registry.register(name(BUNDLES), "Bundles claimed now", self.bundles.clone());
+        let moved = "Bundles handed to another broker";
+        registry.register(name(BUNDLES_MOVED), moved, self.bundles_moved.clone());
+        let reclaimed = "Bundles whose claim ran out and was made again";
+        registry.register(name(BUNDLES_RECLAIMED), reclaimed, self.bundles_reclaimed.clone());
+        let provisional = "1 while the claims are unconfirmed for too long";
+        registry.register(name(PROVISIONAL), provisional, self.provisional.clone());
+        let sweeps = "Rounds over cold storage that came to their end";
+        registry.register(name(SWEEPS), sweeps, self.sweeps.clone());
+        let failures = "Topics, or whole rounds, not swept";
+        registry.register(name(SWEEP_FAILURES), failures, self.sweep_failures.clone());
     }
 
     /// Counts a stream of this kind as open until the guard is dropped.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use geminga_managed_ledger::{
-    DeleteError, LoadError, ProducerError, PublishError, ReadError, SettleError,
+    DeleteError, LoadError, ProducerError, PublishError, ReadError, SettleError, TierError,
 };
 use geminga_proto::reason::Reason;
 
@@ -61,6 +61,9 @@ pub(crate) fn of_publish(error: &PublishError) -> Refusal {
         PublishError::Invalid(_) => refuse(Reason::InvalidRequest),
         PublishError::TooLarge { .. } => refuse(Reason::MessageTooLarge),
         PublishError::NotEnoughBookies(_) => refuse(Reason::NotEnoughBookies),
+        PublishError::MetadataUnavailable => {
+            refuse(Reason::MetadataUnavailable).after(LOADING_DELAY)
+        }
         PublishError::Busy => refuse(Reason::Busy),
         PublishError::Fenced => refuse(Reason::SegmentFenced),
         PublishError::Closed => loading(error),
@@ -82,9 +85,21 @@ pub(crate) fn of_settle(error: &SettleError) -> Refusal {
         SettleError::OutOfRange { .. } => refuse(Reason::InvalidHandle),
         SettleError::TooManyHoles { limit } => refuse(Reason::CursorLimit).with("holes_max", limit),
         SettleError::NotEnoughBookies(_) => refuse(Reason::NotEnoughBookies),
+        SettleError::MetadataUnavailable => {
+            refuse(Reason::MetadataUnavailable).after(LOADING_DELAY)
+        }
         SettleError::Busy => refuse(Reason::Busy),
         SettleError::Fenced => refuse(Reason::SegmentFenced),
         SettleError::Closed => loading(error),
+    }
+}
+
+pub(crate) fn of_tier(error: &TierError) -> Refusal {
+    let refuse = |reason| Refusal::new(reason, error.to_string());
+    match error {
+        TierError::NoColdStorage => refuse(Reason::NoColdStorage),
+        TierError::Busy => refuse(Reason::Busy),
+        TierError::Fenced => refuse(Reason::SegmentFenced),
     }
 }
 

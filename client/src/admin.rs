@@ -48,6 +48,10 @@ macro_rules! listing {
     }};
 }
 
+mod cluster;
+
+pub use cluster::TierWalk;
+
 fn answer<T>(result: Result<Response<T>, Status>) -> Result<T, Error> {
     Ok(result?.into_inner())
 }

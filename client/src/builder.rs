@@ -96,7 +96,7 @@ impl Client {
 }
 
 impl ClientBuilder {
-    /// `http://host:port` of any broker.
+    /// `http://host:port` of any broker; several, separated by commas, are tried in turn.
     #[must_use]
     pub fn server(mut self, server: impl Into<String>) -> Self {
         self.server = server.into();

@@ -1,6 +1,14 @@
 //! Connections: one gRPC channel per server address, made when first used, shared by all streams.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use geminga_proto::{
     admin::v1::admin_client::AdminClient,
@@ -9,17 +17,22 @@ use geminga_proto::{
         subscriber_client::SubscriberClient,
     },
 };
+use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep, timeout, timeout_at},
+};
 use tonic::transport::{Channel, Endpoint};
+use tower::service_fn;
 
 use crate::{
     backoff::Backoff,
     error::{Error, innermost},
 };
 
-/// Time for a connection to stand.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for a connection to stand: a server that does not answer the dial of a redirect is reached through another one.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 /// A silent connection is pinged this often, and given up when a ping is not answered for as long.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Largest gRPC message in either direction, bytes.
@@ -36,8 +49,64 @@ pub(crate) struct Connections(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    bootstrap: Address,
+    bootstrap: Bootstrap,
+    /// To any of the configured servers.
+    any: OnceLock<Channel>,
     channels: Mutex<BTreeMap<Address, Channel>>,
+}
+
+/// The configured servers. Each new connection goes to the next one that can be dialed, so that a client leaves a server
+/// that is gone, or silent, without being told where to go.
+#[derive(Clone, Debug)]
+struct Bootstrap {
+    servers: Arc<[Address]>,
+    next: Arc<AtomicUsize>,
+}
+
+impl Bootstrap {
+    /// Accepts addresses separated by commas.
+    fn parse(text: &str) -> Result<Self, Error> {
+        let servers: Vec<Address> = text
+            .split(',')
+            .map(str::trim)
+            .filter(|address| !address.is_empty())
+            .map(Address::parse)
+            .collect::<Result<_, _>>()?;
+        if servers.is_empty() {
+            return Err(Error::Unavailable("no server address is given".into()));
+        }
+        Ok(Self { servers: servers.into(), next: Arc::default() })
+    }
+
+    /// A connection to the next server, or to one after it.
+    ///
+    /// # Errors
+    /// What the last one said.
+    async fn dial(self) -> io::Result<TokioIo<TcpStream>> {
+        let count = self.servers.len();
+        let first = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut failure = io::Error::from(io::ErrorKind::NotConnected);
+        for turn in 0..count {
+            let server = &self.servers[first.wrapping_add(turn) % count];
+            match timeout(CONNECT_TIMEOUT / count as u32, TcpStream::connect(server.authority()))
+                .await
+            {
+                Ok(Ok(stream)) => {
+                    self.next.store(first.wrapping_add(turn + 1), Ordering::Relaxed);
+                    stream.set_nodelay(true)?;
+                    return Ok(TokioIo::new(stream));
+                }
+                Ok(Err(error)) => failure = error,
+                Err(_) => failure = io::ErrorKind::TimedOut.into(),
+            }
+        }
+        Err(failure)
+    }
+
+    fn names(&self) -> String {
+        let names: Vec<&str> = self.servers.iter().map(|server| server.0.as_str()).collect();
+        names.join(", ")
+    }
 }
 
 /// Where a server listens, as `http://host:port`.
@@ -57,6 +126,15 @@ impl Address {
                 "{text:?} is no server address: expected http://host:port"
             ))),
         }
+    }
+
+    /// `host:port`; 80 where no port is given.
+    fn authority(&self) -> String {
+        let rest = self.0.split_once("://").map_or(self.0.as_str(), |(_, rest)| rest);
+        let authority = rest.split('/').next().unwrap_or(rest);
+        let has_port =
+            authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+        if has_port { authority.to_owned() } else { format!("{authority}:80") }
     }
 
     fn endpoint(&self) -> Endpoint {
@@ -109,36 +187,52 @@ impl Way {
 
 impl Connections {
     pub(crate) fn new(server: &str) -> Result<Self, Error> {
-        let bootstrap = Address::parse(server)?;
-        Ok(Self(Arc::new(Inner { bootstrap, channels: Mutex::default() })))
+        let bootstrap = Bootstrap::parse(server)?;
+        let (any, channels) = (OnceLock::new(), Mutex::default());
+        Ok(Self(Arc::new(Inner { bootstrap, any, channels })))
+    }
+
+    /// The channel to any of the configured servers.
+    fn any(&self) -> Channel {
+        let connect = || {
+            let bootstrap = self.0.bootstrap.clone();
+            let endpoint = bootstrap.servers[0].endpoint();
+            endpoint.connect_with_connector_lazy(service_fn(move |_| bootstrap.clone().dial()))
+        };
+        self.0.any.get_or_init(connect).clone()
     }
 
     /// The channel to this address, or to the configured server. It connects when used and reconnects by itself.
     fn channel(&self, owner: Option<&str>) -> Channel {
-        let address = owner.and_then(|owner| Address::parse(owner).ok());
-        let address = address.as_ref().unwrap_or(&self.0.bootstrap);
+        let Some(address) = owner.and_then(|owner| Address::parse(owner).ok()) else {
+            return self.any();
+        };
         let mut channels = self.0.channels.lock();
-        if let Some(channel) = channels.get(address) {
+        if let Some(channel) = channels.get(&address) {
             return channel.clone();
         }
         if channels.len() >= CHANNELS_MAX {
             channels.clear(); // open streams hold theirs; the others connect again
         }
         let channel = address.endpoint().connect_lazy();
-        channels.insert(address.clone(), channel.clone());
+        channels.insert(address, channel.clone());
         channel
     }
 
-    /// Connects to the configured server; one that refuses is asked again until `deadline`.
+    /// Connects to a configured server; when all refuse they are asked again until `deadline`.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] with the address and what kept it from being reached in time.
+    /// [`Error::Unavailable`] with the addresses and what kept the last one from being reached in time.
     pub(crate) async fn reach(&self, mut backoff: Backoff, deadline: Instant) -> Result<(), Error> {
-        let address = &self.0.bootstrap;
+        let bootstrap = &self.0.bootstrap;
         loop {
-            let words = match timeout_at(deadline, address.endpoint().connect()).await {
+            let dialed = bootstrap.clone();
+            let endpoint = bootstrap.servers[0].endpoint();
+            let connect =
+                endpoint.connect_with_connector(service_fn(move |_| dialed.clone().dial()));
+            let words = match timeout_at(deadline, connect).await {
                 Ok(Ok(channel)) => {
-                    self.0.channels.lock().insert(address.clone(), channel);
+                    let _first_wins = self.0.any.set(channel);
                     return Ok(());
                 }
                 Ok(Err(error)) => innermost(&error),
@@ -146,7 +240,7 @@ impl Connections {
             };
             let pause = backoff.pause(None);
             if Instant::now() + pause >= deadline {
-                return Err(Error::Unavailable(format!("{}: {words}", address.0)));
+                return Err(Error::Unavailable(format!("{}: {words}", bootstrap.names())));
             }
             sleep(pause).await;
         }
@@ -175,6 +269,8 @@ impl Connections {
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::TcpListener;
+
     use super::*;
 
     #[test]
@@ -206,5 +302,24 @@ mod tests {
         for bad in ["", "https://h:1", "ftp://h", "http://", "a b"] {
             assert!(Address::parse(bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn each_connection_goes_to_the_next_server_that_can_be_dialed() {
+        let listen = async || TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let (gone, one, two) = (listen().await, listen().await, listen().await);
+        let address = |listener: &TcpListener| listener.local_addr().expect("bound").to_string();
+        let (first, second) = (address(&one), address(&two));
+        let servers = format!("{}, {first},http://{second}/", address(&gone));
+        drop(gone);
+        let bootstrap = Bootstrap::parse(&servers).expect("three addresses");
+        for expected in [&first, &second, &first] {
+            let stream = bootstrap.clone().dial().await.expect("two listen").into_inner();
+            assert_eq!(&stream.peer_addr().expect("connected").to_string(), expected);
+        }
+        drop((one, two));
+        let refused = bootstrap.dial().await.expect_err("nobody listens");
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert!(Bootstrap::parse(" , ").is_err());
     }
 }

@@ -44,7 +44,7 @@ mod message;
 mod producer;
 pub mod routing;
 
-pub use admin::Admin;
+pub use admin::{Admin, TierWalk};
 pub use builder::{Client, ClientBuilder};
 pub use codec::Compression;
 pub use consumer::{Consumer, ConsumerBuilder, Received, Settling, Start};

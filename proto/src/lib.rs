@@ -26,6 +26,14 @@ pub mod admin {
 }
 
 #[allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]
+pub mod internal {
+    //! Generated from `proto/geminga/internal/v1`: what brokers ask each other.
+    pub mod v1 {
+        tonic::include_proto!("geminga.internal.v1");
+    }
+}
+
+#[allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]
 pub mod storage {
     //! Generated from `proto/geminga/storage/v1`.
     pub mod v1 {

@@ -148,6 +148,9 @@ reasons! {
     CursorLimit, "CURSOR_LIMIT", ResourceExhausted, Safe,
         "The subscription has as many holes in its acknowledgements as it may.",
         "Settle the oldest unsettled messages.";
+    NoColdStorage, "NO_COLD_STORAGE", FailedPrecondition, Never,
+        "The segment's broker has no cold storage to offload to or to read from.",
+        "Start every broker of the cluster with the same tier.url.";
     ReadDamaged, "READ_DAMAGED", DataLoss, Safe,
         "No readable copy of a stored entry was found; its ledger and entry are in the message.",
         "Bring the bookies that hold it back; the server goes on trying.";

@@ -60,6 +60,8 @@ pub(crate) enum TopicCommand {
     },
     /// Show one topic with its segments.
     Describe { name: String },
+    /// Show which broker serves each segment.
+    Where { name: String },
     /// Delete a topic with everything in it.
     Delete { name: String },
 }
@@ -151,6 +153,23 @@ pub(crate) async fn topic(command: TopicCommand, global: &Global) -> Result<(), 
         TopicCommand::Describe { name } => {
             let found = admin.topic(&topic_name(&name)?).await?;
             output::object(global.output, &topic_row(&found, true))?;
+        }
+        TopicCommand::Where { name } => {
+            let places = admin.locate_topic(&topic_name(&name)?).await?;
+            let rows: Vec<Value> = places
+                .iter()
+                .map(|place| {
+                    json!({
+                        "segment": place.segment,
+                        "bundle": place.bundle,
+                        "broker": place.broker,
+                        "address": place.address,
+                        "placed": place.placed,
+                    })
+                })
+                .collect();
+            let columns = ["segment", "bundle", "broker", "address", "placed"];
+            output::list(global.output, &columns, &rows)?;
         }
         TopicCommand::Delete { name } => {
             let name = topic_name(&name)?;

@@ -68,6 +68,7 @@ impl std::convert::From<From> for Start {
 }
 
 pub(crate) async fn run(args: ConsumeArgs, global: &Global) -> Result<(), Failure> {
+    super::init_client_spans()?;
     let client = global.client().await?;
     let mut builder = client.consumer(&args.topic, &args.subscription);
     if let Some(from) = args.from {
@@ -121,7 +122,9 @@ async fn print_all(
             }
             Next::End => break,
         };
+        let span = received.process_span();
         print(format, &received, &mut out)?;
+        drop(span);
         unaccepted.insert(received.id.segment, received.id.offset);
         count += 1;
         if count % ACCEPT_EVERY == 0 {

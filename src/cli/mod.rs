@@ -4,6 +4,8 @@
 //! [`exit::Code`].
 
 mod admin;
+mod cluster;
+mod config;
 mod consume;
 pub(crate) mod exit;
 mod explain;
@@ -11,11 +13,13 @@ mod lines;
 pub(crate) mod output;
 pub(crate) mod produce;
 mod serve;
+mod tier;
 
 use std::{process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand};
 use geminga_client::Client;
+use geminga_runtime::telemetry::{SpanExport, flush_spans, init_spans};
 
 use self::{exit::Failure, output::Format};
 
@@ -40,13 +44,13 @@ Exit codes:  0 ok, 1 failed, 2 wrong usage, 3 not found, 4 refused, 5 server una
 /// What every command knows.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Global {
-    /// The server, for client commands.
+    /// The server, for client commands; several brokers of a cluster are separated by commas.
     #[arg(
         long,
         global = true,
         env = "GEMINGA_SERVER",
         default_value = "http://127.0.0.1:8650",
-        value_name = "URL"
+        value_name = "URLS"
     )]
     pub(crate) server: String,
     /// How data is printed.
@@ -58,6 +62,27 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     /// Run a broker, bookies and the metadata store in one process.
     Standalone(serve::StandaloneArgs),
+    /// Run a broker of a cluster, or look at the brokers there are.
+    #[command(args_conflicts_with_subcommands = true)]
+    Broker(cluster::BrokerArgs),
+    /// Run a bookie of a cluster, or look at the bookies there are.
+    #[command(args_conflicts_with_subcommands = true)]
+    Bookie(cluster::BookieArgs),
+    /// Look at the cluster as a whole.
+    #[command(subcommand)]
+    Cluster(cluster::ClusterCommand),
+    /// Look at ledgers.
+    #[command(subcommand)]
+    Ledger(cluster::LedgerCommand),
+    /// Retention and offload: show and change.
+    #[command(subcommand)]
+    Policy(tier::PolicyCommand),
+    /// Cold data in object storage: show, offload, check.
+    #[command(subcommand)]
+    Tier(tier::TierCommand),
+    /// Show the settings that a broker or bookie would run with.
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
     /// Publish 336,776 real flights, kill a bookie half way, consume, and prove that nothing was lost.
     Demo(crate::demo::Args),
     /// Publish the lines of standard input to a topic.
@@ -106,6 +131,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         .build()
         .map_err(|error| Failure::failed(format!("the runtime did not start: {error}")))?;
     let done = runtime.block_on(Box::pin(dispatch(cli)));
+    flush_spans();
     // A blocking read of standard input must not keep the process.
     runtime.shutdown_timeout(Duration::from_millis(100));
     done
@@ -115,6 +141,13 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
     let Cli { global, command } = cli;
     match command {
         Command::Standalone(args) => Box::pin(serve::run(args, &global)).await,
+        Command::Broker(args) => Box::pin(cluster::broker(args, &global)).await,
+        Command::Bookie(args) => Box::pin(cluster::bookie(args, &global)).await,
+        Command::Cluster(command) => cluster::cluster(command, &global).await,
+        Command::Ledger(command) => cluster::ledger(command, &global).await,
+        Command::Policy(command) => tier::policy(command, &global).await,
+        Command::Tier(command) => tier::tier(command, &global).await,
+        Command::Config(command) => config::run(command, &global),
         Command::Demo(args) => Box::pin(crate::demo::run(args, &global)).await,
         Command::Produce(args) => Box::pin(produce::run(args, &global)).await,
         Command::Consume(args) => Box::pin(consume::run(args, &global)).await,
@@ -131,6 +164,17 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
 const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a server that refuses connections may still be starting.
 const START_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Starts to export spans where the environment names a collector, as it does for the roles.
+pub(crate) fn init_client_spans() -> Result<(), Failure> {
+    const VARIABLE: &str = "GEMINGA_TELEMETRY_OTLP_ENDPOINT";
+    let Some(endpoint) = std::env::var(VARIABLE).ok().filter(|text| !text.is_empty()) else {
+        return Ok(());
+    };
+    let instance = std::process::id().to_string();
+    init_spans(SpanExport { endpoint, service: "geminga-client", instance, ratio: 1.0 })
+        .map_err(|error| Failure::usage(format!("{VARIABLE}: {error}"), "produce"))
+}
 
 impl Global {
     /// A client for the server. One that was started a moment ago is waited for; one that is not there is an error within

@@ -68,11 +68,12 @@ impl From<CompressionArg> for Compression {
 }
 
 pub(crate) async fn run(args: ProduceArgs, global: &Global) -> Result<(), Failure> {
+    super::init_client_spans()?;
     let client = global.client().await?;
     let mut builder = client
         .producer(&args.topic)
         .compression(args.compression.into())
-        .trace_context(args.trace)
+        .trace_ratio(if args.trace { 1.0 } else { 0.0 })
         .message_timeout(args.timeout.0)
         .batching(Batching { linger: args.linger.0, ..Batching::default() });
     if let Some(name) = &args.name {

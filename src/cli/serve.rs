@@ -37,6 +37,9 @@ pub(crate) struct StandaloneArgs {
         value_name = "ADDRESS"
     )]
     health_listen: SocketAddr,
+    /// Object storage for cold ledgers: s3://bucket/prefix, gs://, az:// or file:///dir; see geminga tier and geminga policy.
+    #[arg(long, env = "GEMINGA_TIER_URL", value_name = "URL")]
+    tier_url: Option<String>,
     /// How log lines look, on standard error.
     #[arg(long, env = "GEMINGA_LOG_FORMAT", value_enum, default_value_t = LogFormatArg::Pretty)]
     log_format: LogFormatArg,
@@ -63,6 +66,7 @@ pub(crate) async fn run(args: StandaloneArgs, global: &Global) -> Result<(), Fai
         bookies: args.bookies,
         listen: args.listen,
         health_listen: Some(args.health_listen),
+        tier_url: args.tier_url,
     };
     let standalone = Standalone::start(settings).await?;
     say_ready(&standalone, global.output)?;
@@ -108,6 +112,9 @@ impl From<StartError> for Failure {
             }
             StartError::Broker(geminga_broker::StartError::Listen { .. }) => {
                 (Code::Failed, "geminga standalone --listen 127.0.0.1:0".to_owned())
+            }
+            StartError::Cold(_) => {
+                (Code::Usage, "geminga standalone --tier-url file:///DIRECTORY".to_owned())
             }
             StartError::Health { .. } => {
                 (Code::Failed, "geminga standalone --health-listen 127.0.0.1:0".to_owned())

@@ -74,6 +74,7 @@ pub(crate) async fn run(args: Args, global: &Global) -> Result<(), Failure> {
         bookies: Some(BOOKIES),
         listen: (Ipv4Addr::LOCALHOST, 0).into(),
         health_listen: None,
+        tier_url: None,
     };
     let mut server = Standalone::start(settings).await?;
     let outcome = Box::pin(fly(&mut server, flights)).await;

@@ -83,6 +83,21 @@ kinds! {
     LacTold: "LAC told by WRITE_LAC",
     TailRead: "tail read of an Open ledger",
     ListedShort: "ledger listed as under-replicated",
+    // The protocol, auto-recovery and GC.
+    Unlisted: "ledger unlisted as whole again (A2)",
+    SlotMoved: "slot of a closed ledger given to another bookie (A2)",
+    SlotFilled: "vacant slot of a closed ledger filled by a copy (A2)",
+    FinalMoved: "slot of a final fragment of an open ledger changed (A2)",
+    HelperFenced: "listed ledger without an owner fenced for repair (A3)",
+    LostDeclared: "incarnation declared lost (A1, D7)",
+    LostForgotten: "incarnation not called lost any more (A1)",
+    Vanished: "bookie lost for good",
+    Drained: "bookie drained, its cookie removed (DC1)",
+    LedgerDeleted: "closed ledger deleted",
+    LedgerRemoved: "key of a deleted ledger removed",
+    DroppedDeleted: "deleted ledger dropped by a bookie (G1)",
+    DroppedMoved: "copy that moved away dropped by a bookie (G1)",
+    CopyCameBack: "copy made where an earlier one was dropped (T51)",
     // The protocol, segments.
     Takeover: "segment taken over",
     TakeoverOfOpen: "segment taken over from an owner with open ledgers (TK1)",
@@ -97,6 +112,11 @@ kinds! {
     LogTrimmed: "superseded cursor-log ledger deleted (C4)",
     Settled: "settle confirmed",
     SettleIndeterminate: "settle of unknown outcome",
+    Provisional: "claims of an owner provisional (O3)",
+    PublishedProvisional: "publish acknowledged while provisional (O3)",
+    SettledProvisional: "settle confirmed while provisional (O3)",
+    FencedProvisional: "owner ended while provisional (O3)",
+    TakenProvisional: "segment taken from an owner while provisional (O3)",
     StaleOwnerAnswered: "superseded owner still held by callers",
 }
 
@@ -164,8 +184,27 @@ impl Coverage {
             } if !before.bookies.has_confirmed(*at, *ledger, *entry) => {
                 self.saw(Seen::WriteBack);
             }
+            Event::AddAnswered { at, ledger, recovery: true, verdict: AddVerdict::Ok, .. }
+                if before.copies.has_dropped(*at, *ledger) =>
+            {
+                self.saw(Seen::CopyCameBack);
+            }
             Event::EntryAnswered { fence: true, verdict: ReadVerdict::Absent, .. } => {
                 self.saw(Seen::ExplicitNo)
+            }
+            Event::Listing { listed: false, .. } => self.saw(Seen::Unlisted),
+            Event::LostKey { there, .. } => {
+                self.saw(if *there { Seen::LostDeclared } else { Seen::LostForgotten });
+            }
+            Event::RecoveryBegun { ledger, epoch: 0 } if before.copies.is_listed(*ledger) => {
+                self.saw(Seen::HelperFenced);
+            }
+            Event::CookieGone { .. } => self.saw(Seen::Drained),
+            Event::LedgerRemoved { .. } => self.saw(Seen::LedgerRemoved),
+            Event::Dropped { ledger, .. } => {
+                let deleted = |value: &LedgerValue| value.state == LedgerState::Deleted;
+                let deleted = before.ledgers.value(*ledger).is_some_and(deleted);
+                self.saw(if deleted { Seen::DroppedDeleted } else { Seen::DroppedMoved });
             }
             Event::WriteLacAsked { .. } => self.saw(Seen::LacTold),
             Event::Settled { .. } => self.saw(Seen::Settled),
@@ -204,6 +243,22 @@ impl Coverage {
             return;
         };
         match (before.state, after.state) {
+            (S::Open | S::InRecovery, S::Open | S::InRecovery)
+                if before.fragments.len() == after.fragments.len()
+                    && before.fragments.last() == after.fragments.last()
+                    && before.fragments != after.fragments =>
+            {
+                self.saw(Seen::FinalMoved);
+            }
+            (S::Closed { .. }, S::Closed { .. }) => {
+                let vacancies = |value: &LedgerValue| {
+                    let slots = value.fragments.iter().flat_map(|(_, slots)| slots);
+                    slots.filter(|at| **at == 0).count()
+                };
+                let filled = vacancies(after) < vacancies(before);
+                self.saw(if filled { Seen::SlotFilled } else { Seen::SlotMoved });
+            }
+            (S::Closed { .. }, S::Deleted) => self.saw(Seen::LedgerDeleted),
             (S::Open, S::Open) => {
                 let replaced = before.fragments.len() == after.fragments.len();
                 self.saw(if replaced { Seen::FragmentReplaced } else { Seen::EnsembleChanged });

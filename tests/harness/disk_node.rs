@@ -15,7 +15,7 @@ use geminga_bookie::{
     Bookie, BookieConfig, BookieMetrics, BookieParts, DiskLimits,
     crash_points::{CrashHook, CrashPoint, CrashPoints},
 };
-use geminga_metadata::FaultPlan;
+use geminga_metadata::{FaultPlan, LeaseKeeper};
 use geminga_runtime::{
     disk::{Disk, DiskFile, Fault, Faults, FaultyDisk, MemoryDisk, OpenMode},
     io::Io,
@@ -72,6 +72,22 @@ impl DiskNode {
             random,
             config,
         }
+    }
+
+    /// Compares its ledgers with the store often, and is quickly sure of what it found (G1): nothing that is safe rests on how
+    /// long that takes.
+    pub(crate) fn collect_often(&mut self, random: &Random) {
+        let seconds = |max: u64| Duration::from_millis(random.below(max * 1_000));
+        self.config.gc_interval = Duration::from_secs(1) + seconds(20);
+        self.config.gc_absent_after = seconds(30);
+        self.config.gc_unnamed_after = seconds(30);
+        // A run has few ledgers: one is often more than a fifth of them (G2).
+        self.config.gc_share_max = 1.0;
+    }
+
+    /// The lease of its registration, while it serves.
+    pub(crate) fn lease(&self) -> Option<LeaseKeeper> {
+        self.bookie.as_ref().map(|bookie| bookie.lease().clone())
     }
 
     pub(crate) async fn start(&mut self, world: &World) -> Option<Life> {

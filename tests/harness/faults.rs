@@ -11,7 +11,9 @@ use super::{
     coverage::Seen,
     network::Cut,
     nodes::Nodes,
+    operator::Operator,
     plan,
+    store_view::StoreView,
     world::{ClientNode, World},
 };
 
@@ -19,15 +21,18 @@ use super::{
 pub(crate) struct Faults {
     pub(crate) world: Arc<World>,
     pub(crate) nodes: Nodes,
-    pub(crate) clients: Vec<ClientNode>,
+    pub(crate) clients: Vec<Target>,
     pub(crate) random: Random,
     /// Disks that may still be lost.
     pub(crate) losses: usize,
     /// Mean time between two faults, milliseconds.
     pub(crate) gap_ms: u64,
-    pub(crate) store_plan: FaultPlan,
     /// The bookie whose bytes were changed: that again costs nothing more.
     victim: Option<(usize, Incarnation)>,
+    /// Whether bytes may change on disks.
+    pub(crate) damages: bool,
+    /// What else may happen to the bookies, and to ledgers.
+    pub(crate) operator: Option<Operator>,
     mending: Vec<(Instant, Mend)>,
 }
 
@@ -41,6 +46,14 @@ enum Mend {
     Room(usize),
 }
 
+/// A process as the faults see it: its links, its way to the store, and how bad that is when it is not broken.
+pub(crate) struct Target {
+    pub(crate) number: u32,
+    /// Cut and joined together.
+    pub(crate) stores: Vec<StoreView>,
+    pub(crate) store_plan: FaultPlan,
+}
+
 impl Faults {
     /// Nothing is broken yet.
     pub(crate) fn new(
@@ -52,6 +65,12 @@ impl Faults {
         store_plan: FaultPlan,
     ) -> Self {
         let (world, random) = (Arc::clone(world), world.random.fork());
+        let target = |client: ClientNode| Target {
+            number: client.number,
+            stores: vec![client.store],
+            store_plan: store_plan.clone(),
+        };
+        let clients = clients.into_iter().map(target).collect();
         Self {
             world,
             nodes,
@@ -59,14 +78,20 @@ impl Faults {
             random,
             losses,
             gap_ms,
-            store_plan,
             victim: None,
+            damages: true,
+            operator: None,
             mending: Vec::new(),
         }
     }
 
     /// Breaks things until the time is over; gives the bookies back, as they are.
     pub(crate) async fn run(mut self, until: Instant) -> Nodes {
+        self.run_on(until).await;
+        self.nodes
+    }
+
+    async fn run_on(&mut self, until: Instant) {
         loop {
             let next =
                 Instant::now() + Duration::from_millis(self.random.below(2 * self.gap_ms + 1));
@@ -77,10 +102,17 @@ impl Faults {
             }
             sleep_until(next.min(until)).await;
             if Instant::now() >= until {
-                return self.nodes;
+                return;
             }
             self.strike().await;
         }
+    }
+
+    /// The same, and who goes on with what: the losses that are left, the operator.
+    pub(crate) async fn run_with_operator(mut self, until: Instant) -> (Nodes, usize, Operator) {
+        self.run_on(until).await;
+        let operator = self.operator.expect("it was given one");
+        (self.nodes, self.losses, operator)
     }
 
     /// The earliest mending before `by`.
@@ -95,8 +127,16 @@ impl Faults {
     }
 
     async fn strike(&mut self) {
+        if let Some(operator) = &mut self.operator
+            && operator.acts()
+        {
+            return operator.act(&self.world, &mut self.nodes, &mut self.losses).await;
+        }
         let node = self.random.below(self.nodes.count() as u64) as usize;
         let client = self.random.below(self.clients.len() as u64) as usize;
+        if self.nodes.is_gone(node) {
+            return;
+        }
         let number = self.clients[client].number;
         let at = self.nodes.incarnation(node);
         let saw = |kind| self.world.history.saw(kind);
@@ -126,13 +166,17 @@ impl Faults {
             9 | 10 => {
                 saw(Seen::StoreCut);
                 self.world.history.note(format!("cut client {number} from the store"));
-                self.clients[client].store.set_partitioned(true);
+                for store in &self.clients[client].stores {
+                    store.set_partitioned(true);
+                }
                 self.later(15_000, Mend::StoreBack(client));
             }
             11 | 12 => {
                 self.world.history.note(format!("the store fails for client {number}"));
                 let plan = plan::store_faults(&self.random);
-                self.clients[client].store.set_plan(plan);
+                for store in &self.clients[client].stores {
+                    store.set_plan(plan.clone());
+                }
                 self.later(15_000, Mend::StoreBack(client));
             }
             13..=15 => {
@@ -156,7 +200,7 @@ impl Faults {
                 self.nodes.wipe(node).await;
                 self.later(10_000, Mend::Start(node));
             }
-            19 | 25..=27 => self.damage(node).await,
+            19 | 25..=27 if self.damages => self.damage(node).await,
             20 | 21 if self.nodes.break_disk(node) => self.later(10_000, Mend::Start(node)),
             22 => {
                 if let Some(store) = self.nodes.store(node) {
@@ -210,8 +254,11 @@ impl Faults {
             }
             Mend::StoreBack(client) => {
                 self.world.history.note("the store is back");
-                self.clients[client].store.set_partitioned(false);
-                self.clients[client].store.set_plan(self.store_plan.clone());
+                let Target { stores, store_plan, .. } = &self.clients[client];
+                for store in stores {
+                    store.set_partitioned(false);
+                    store.set_plan(store_plan.clone());
+                }
             }
             Mend::NodeStoreBack(node) => {
                 if let Some(store) = self.nodes.store(node) {

@@ -173,6 +173,45 @@ pub(crate) enum Event {
         lac: i64,
     },
 
+    /// This incarnation showed that it holds these runs of entries (LIST, or FENCE with a range).
+    Shown {
+        at: u32,
+        ledger: u64,
+        runs: Vec<(u64, u64)>,
+    },
+    /// An inspection found that this incarnation dropped a ledger it once held entries of.
+    Dropped {
+        at: u32,
+        ledger: u64,
+    },
+    /// The ledger is listed as under-replicated, or is not any more.
+    Listing {
+        ledger: u64,
+        listed: bool,
+    },
+    /// The store calls this incarnation lost, or does not any more.
+    LostKey {
+        at: u32,
+        there: bool,
+    },
+    /// The cookie of a bookie names this incarnation.
+    CookiePut {
+        bookie: String,
+        at: u32,
+    },
+    CookieGone {
+        bookie: String,
+    },
+    /// Somebody claims the bundle of the ledgers, or nobody does any more.
+    Claim {
+        there: bool,
+    },
+    /// Somebody is about to fence a ledger, with this epoch; 0 for helpers (R1).
+    RecoveryBegun {
+        ledger: u64,
+        epoch: u64,
+    },
+
     /// A caller was told that its append is safe.
     Acknowledged {
         ledger: u64,

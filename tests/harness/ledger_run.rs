@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     coverage::Seen,
-    history::{Event, Hash},
+    history::{Event, Hash, LedgerState as Stands, LedgerValue},
     plan::LedgerPlan,
     world::{ClientNode, World},
 };
@@ -257,6 +257,7 @@ pub(crate) async fn recover_rival(
     node: ClientNode,
     random: Random,
     until: Instant,
+    epochs: std::ops::Range<u64>,
 ) {
     loop {
         sleep(Duration::from_millis(random.below(15_000))).await;
@@ -267,7 +268,7 @@ pub(crate) async fn recover_rival(
             world.history.with_checks(|checks| checks.ledgers.all().map(|(id, _)| id).collect());
         let Some(last) = known.len().checked_sub(1) else { continue };
         let ledger = LedgerId(known[last - (random.below(2) as usize).min(last)]);
-        let epoch = Epoch(random.below(3));
+        let epoch = Epoch(epochs.start + random.below(epochs.end - epochs.start));
         if random.chance(0.2) {
             // Dies in the middle of it.
             let patience = Duration::from_millis(random.below(200));
@@ -408,7 +409,9 @@ async fn read_some(
 /// When all is healed: every ledger can be closed, and every entry up to its end read (I20, I16).
 pub(crate) async fn read_everything(world: &Arc<World>, node: &ClientNode) {
     let ledgers: Vec<u64> = world.history.with_checks(|checks| {
-        checks.ledgers.all().filter(|(_, known)| known.value.is_some()).map(|(id, _)| id).collect()
+        let needed = |value: &LedgerValue| value.state != Stands::Deleted;
+        let ledgers = checks.ledgers.all();
+        ledgers.filter(|(_, k)| k.value.as_ref().is_some_and(needed)).map(|(id, _)| id).collect()
     });
     for ledger in ledgers {
         let id = LedgerId(ledger);

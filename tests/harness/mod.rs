@@ -7,6 +7,7 @@
 //! ```
 
 pub(crate) mod checks;
+pub(crate) mod claims;
 pub(crate) mod coverage;
 pub(crate) mod disk_node;
 pub(crate) mod faults;
@@ -16,9 +17,12 @@ pub(crate) mod memory_node;
 pub(crate) mod network;
 pub(crate) mod nodes;
 pub(crate) mod observe;
+pub(crate) mod operator;
 pub(crate) mod plan;
 pub(crate) mod run;
 pub(crate) mod seeds;
 pub(crate) mod segment_run;
 pub(crate) mod store_view;
+pub(crate) mod upkeep;
+pub(crate) mod upkeep_run;
 pub(crate) mod world;

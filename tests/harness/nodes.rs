@@ -13,7 +13,7 @@ use geminga_proto::ids::Incarnation;
 
 use super::{
     coverage::Seen, disk_node::DiskNode, history::Event, memory_node::MemoryNode,
-    observe::ObservedBookie, store_view::StoreView, world::World,
+    observe::ObservedBookie, store_view::StoreView, upkeep::Upkeep, world::World,
 };
 
 /// Which bookies a run has.
@@ -30,6 +30,8 @@ pub(crate) enum Form {
 pub(crate) struct Nodes {
     world: Arc<World>,
     nodes: Vec<Node>,
+    /// Auto-recovery in every process, in runs that have it.
+    pub(crate) upkeep: Option<Upkeep>,
 }
 
 #[derive(Debug)]
@@ -38,6 +40,8 @@ struct Node {
     incarnation: Incarnation,
     /// Whether the bookie of the present life serves; it takes this away itself when it fails.
     up: Arc<AtomicBool>,
+    /// It never comes back: lost for good, or drained.
+    gone: bool,
 }
 
 #[derive(Debug)]
@@ -62,9 +66,9 @@ impl Nodes {
                 Form::Memory => Body::Memory(MemoryNode::new(world, i)),
                 Form::Disk => Body::Disk(Box::new(DiskNode::new(world, i))),
             };
-            Node { body, incarnation: Incarnation(0), up: Arc::default() }
+            Node { body, incarnation: Incarnation(0), up: Arc::default(), gone: false }
         });
-        Self { world: Arc::clone(world), nodes: nodes.collect() }
+        Self { world: Arc::clone(world), nodes: nodes.collect(), upkeep: None }
     }
 
     /// How many there are.
@@ -82,9 +86,41 @@ impl Nodes {
         self.nodes[node].up.load(Ordering::Relaxed)
     }
 
-    /// Starts a node, if it is down. True if it serves now.
+    /// From their next start on, all processes keep the ledgers whole (A1, A2), and collect garbage often.
+    pub(crate) fn keep_up(&mut self, upkeep: Upkeep) {
+        let random = self.world.random.fork();
+        for node in &mut self.nodes {
+            if let Body::Disk(body) = &mut node.body {
+                body.collect_often(&random);
+            }
+        }
+        self.upkeep = Some(upkeep);
+    }
+
+    /// Whether it never comes back.
+    pub(crate) fn is_gone(&self, node: usize) -> bool {
+        self.nodes[node].gone
+    }
+
+    /// Lost for good, disk and all.
+    pub(crate) async fn vanish(&mut self, node: usize) {
+        self.kill(node, true).await;
+        self.world.history.saw(Seen::Vanished);
+        self.world.history.note(format!("bookie {node} never comes back"));
+        self.nodes[node].gone = true;
+    }
+
+    /// Starts a node, if it is down. True if there is nothing to be done for it any more.
     pub(crate) async fn start(&mut self, node: usize) -> bool {
-        if self.is_up(node) {
+        if self.is_up(node) || self.is_gone(node) {
+            return true;
+        }
+        if let Some(upkeep) = &self.upkeep
+            && upkeep.is_drained(&self.world, node).await
+        {
+            // Its volume may go (DC1): nobody starts it again.
+            self.world.history.note(format!("bookie {node} is drained, and gone"));
+            self.nodes[node].gone = true;
             return true;
         }
         let (world, this) = (&self.world, &mut self.nodes[node]);
@@ -110,12 +146,19 @@ impl Nodes {
         let observed = ObservedBookie::new(incarnation, bookie, history.clone());
         loopback.attach(incarnation, Arc::new(observed));
         let up = Arc::clone(&this.up);
+        let upkeep = match (&mut self.upkeep, &this.body) {
+            (Some(upkeep), Body::Disk(body)) => upkeep.start(world, node, body),
+            _ => None,
+        };
         world.ether.spawn("obituary", async move {
             let cause = failed.await;
             if up.swap(false, Ordering::Relaxed) {
                 history.saw(Seen::EndedByItself);
                 history.note(format!("bookie {incarnation} ended: {cause}"));
                 loopback.detach(incarnation);
+                if let Some(upkeep) = upkeep {
+                    upkeep.abort();
+                }
             }
         });
         true
@@ -129,6 +172,9 @@ impl Nodes {
         world.history.saw(if power_cut { Seen::PowerCut } else { Seen::BookieKilled });
         this.up.store(false, Ordering::Relaxed);
         world.loopback.detach(at);
+        if let Some(upkeep) = &mut self.upkeep {
+            upkeep.end(world, node);
+        }
         match &mut this.body {
             Body::Memory(body) => body.kill(world, power_cut).await,
             Body::Disk(body) => body.kill(world, power_cut),
@@ -194,6 +240,9 @@ impl Nodes {
     /// Every node serves, with room on its disk.
     pub(crate) async fn heal(&mut self) {
         for node in 0..self.count() {
+            if self.is_gone(node) {
+                continue;
+            }
             self.fill(node, false).await;
             if let Body::Disk(body) = &mut self.nodes[node].body
                 && body.mend()
@@ -206,7 +255,7 @@ impl Nodes {
                 }
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
-            if !self.is_up(node) {
+            if !self.is_up(node) && !self.is_gone(node) {
                 self.world.history.fail("I20", format!("bookie {node} does not start again"));
             }
         }

@@ -5,19 +5,20 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures::FutureExt;
+use geminga_bookie::BookieConfig;
 use geminga_bookie_client::{
     bookie_rpc::{
-        AddAnswer, AddRequest, Answer, BookieRpc, EntryAnswer, EntryRange, FenceAnswer,
+        AddAnswer, AddRequest, Answer, BookieRpc, EntryAnswer, EntryRange, EntrySet, FenceAnswer,
         FenceRequest, LacAnswer, ListAnswer, ReadAnswer, ReadRequest, Unknown,
     },
     entry::{Entry, encode_lac},
 };
 use geminga_metadata::{
     Key, KeyValue, LeaseId, MetadataStore, Op, Page, RangeRequest, Revision, SharedStore,
-    StoreError, Txn, TxnOutcome, Watch,
+    StoreError, Txn, TxnOutcome, Watch, keys,
 };
 use geminga_proto::{
-    ids::{EntryId, Incarnation, LedgerId},
+    ids::{EntryId, Incarnation, LedgerId, SegmentId, TopicId},
     storage::v1 as wire,
 };
 use prost::Message;
@@ -112,6 +113,9 @@ impl BookieRpc for ObservedBookie {
                     _ => Vec::new(),
                 };
                 let lac = encode_lac(*lac);
+                if let Some(held) = held {
+                    history.record(Event::Shown { at, ledger, runs: runs(held) });
+                }
                 history.record(Event::FenceAnswered { at, ledger, lac, missing });
             }
             answer
@@ -167,8 +171,21 @@ impl BookieRpc for ObservedBookie {
         range: EntryRange,
         deadline: Instant,
     ) -> Answer<ListAnswer> {
-        self.inner.list(to, ledger, range, deadline)
+        let (at, history) = (self.at.0, self.history.clone());
+        let answer = self.inner.list(to, ledger, range, deadline);
+        async move {
+            let answer = answer.await;
+            if let ListAnswer::Held(held) = &answer {
+                history.record(Event::Shown { at, ledger: ledger.0, runs: runs(held) });
+            }
+            answer
+        }
+        .boxed()
     }
+}
+
+fn runs(held: &EntrySet) -> Vec<(u64, u64)> {
+    held.runs().map(|(first, last)| (first.0, last.0)).collect()
 }
 
 fn saw_unknown(history: &History, why: &Unknown) {
@@ -183,7 +200,7 @@ fn saw_unknown(history: &History, why: &Unknown) {
 /// At most so many entries of an open-ended list are looked at.
 const LISTED_MAX: u64 = 10_000;
 
-fn missing(held: &geminga_bookie_client::bookie_rpc::EntrySet, range: EntryRange) -> Vec<u64> {
+fn missing(held: &EntrySet, range: EntryRange) -> Vec<u64> {
     let last = range.last.0.min(range.first.0.saturating_add(LISTED_MAX));
     (range.first.0..=last).filter(|entry| !held.contains(EntryId(*entry))).collect()
 }
@@ -203,10 +220,17 @@ impl ObservedStore {
     }
 
     fn happened(&self, revision: Revision, changes: &[Op]) {
-        // Ledgers before lists: a list is judged by the ledgers of its own transaction.
-        let (lists, others): (Vec<&Op>, Vec<&Op>) =
-            changes.iter().partition(|change| change.key().0.starts_with(b"segments/"));
-        for change in others.into_iter().chain(lists) {
+        // One transaction is one step: ledgers are judged with the listings it makes, and lists, deletions of listings and
+        // of cookies with the ledgers as it leaves them.
+        let order = |change: &&Op| match (change, change.key().0.as_ref()) {
+            (Op::Put { .. }, key) if key.starts_with(b"underreplicated/") => 0,
+            (_, key) if key.starts_with(b"segments/") => 2,
+            (Op::Delete(_), key) if !key.starts_with(b"ledgers/") => 3,
+            _ => 1,
+        };
+        let mut ordered: Vec<&Op> = changes.iter().collect();
+        ordered.sort_by_key(order);
+        for change in ordered {
             let Ok(key) = std::str::from_utf8(&change.key().0) else { continue };
             let parts: Vec<&str> = key.split('/').collect();
             match (parts.as_slice(), change) {
@@ -222,7 +246,25 @@ impl ObservedStore {
                 }
                 (["underreplicated", ledger], Op::Put { .. }) => {
                     self.history.saw(Seen::ListedShort);
-                    self.history.note(format!("ledger {ledger} is listed"));
+                    self.history.record(Event::Listing { ledger: hex(ledger), listed: true });
+                }
+                (["underreplicated", ledger], Op::Delete(_)) => {
+                    self.history.record(Event::Listing { ledger: hex(ledger), listed: false });
+                }
+                (["lost", at], change) => {
+                    let there = matches!(change, Op::Put { .. });
+                    self.history.record(Event::LostKey { at: hex(at) as u32, there });
+                }
+                (["bookies", bookie], Op::Put { value, .. }) => {
+                    let at = wire::Cookie::decode(&value[..]).map_or(0, |c| c.incarnation);
+                    self.history.record(Event::CookiePut { bookie: (*bookie).to_owned(), at });
+                }
+                (["bookies", bookie], Op::Delete(_)) => {
+                    self.history.record(Event::CookieGone { bookie: (*bookie).to_owned() });
+                }
+                (["owners", _], change) if *change.key() == claim() => {
+                    let there = matches!(change, Op::Put { .. });
+                    self.history.record(Event::Claim { there });
                 }
                 (_, Op::Put { .. }) => self.history.note(format!("store {revision:?}: put {key}")),
                 (_, Op::Delete(_)) => {
@@ -233,6 +275,13 @@ impl ObservedStore {
     }
 
     fn ledger_put(&self, revision: Revision, ledger: u64, value: &[u8]) {
+        if let Ok(wire::LedgerMetadata {
+            state: Some(wire::ledger_metadata::State::InRecovery(by)),
+            ..
+        }) = wire::LedgerMetadata::decode(value)
+        {
+            self.history.record(Event::RecoveryBegun { ledger, epoch: by.epoch });
+        }
         let Some(value) = decode_ledger(value) else {
             self.history.fail("I9", format!("the value of ledger {ledger} cannot be decoded"));
             return;
@@ -258,6 +307,12 @@ impl ObservedStore {
         let (data, log) = (row(&list.data), row(&list.cursor_log));
         self.history.record(Event::ListPut { segment, revision, epoch, nonce, data, log });
     }
+}
+
+/// The claim that the replicators look at: of the bundle of the ledgers which the writers of a run make.
+pub(crate) fn claim() -> Key {
+    let segment = SegmentId { topic: TopicId(1), segment: 0 };
+    keys::owner(segment.bundle(BookieConfig::default().bundles))
 }
 
 fn hex(text: &str) -> u64 {

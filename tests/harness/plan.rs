@@ -47,6 +47,17 @@ pub(crate) struct LedgerPlan {
     pub(crate) readers: u32,
 }
 
+/// One run of the layer of auto-recovery.
+#[derive(Clone, Debug)]
+pub(crate) struct UpkeepPlan {
+    /// Times that all is broken, healed, and made whole.
+    pub(crate) rounds: u32,
+    /// Bytes change on one disk of the run; else disks and bookies are lost, Qa-1 in each round.
+    pub(crate) damages: bool,
+    /// The bundle of the ledgers is claimed while they are written (A3).
+    pub(crate) claimed: bool,
+}
+
 /// One run of the second layer: owners, producers, subscriptions of one segment.
 #[derive(Clone, Debug)]
 pub(crate) struct SegmentPlan {

@@ -23,6 +23,7 @@ use super::{
     nodes::{Form, Nodes},
     plan::{ClusterPlan, LedgerPlan, SegmentPlan},
     segment_run::{self, Producer, Segment},
+    upkeep_run,
     world::{ClientNode, World},
 };
 
@@ -49,6 +50,12 @@ pub(crate) enum Layer {
     SegmentCores,
     /// A segment on real bookies.
     Segments,
+    /// Ledger clients on real bookies that keep the ledgers whole.
+    Upkeep,
+    /// As `SegmentCores`, with owners that confirm their claims.
+    LeasedCores,
+    /// As `Segments`, with owners that confirm their claims.
+    Leased,
 }
 
 /// Runs one seed on a runtime of its own.
@@ -66,8 +73,14 @@ pub(crate) fn run(seed: u64, layer: Layer, trace: bool) -> Outcome {
             match layer {
                 Layer::Cores => ledgers(&world, Form::Memory).await,
                 Layer::Bookies => ledgers(&world, Form::Disk).await,
-                Layer::SegmentCores => segment(&world, Form::Memory).await,
-                Layer::Segments => segment(&world, Form::Disk).await,
+                Layer::SegmentCores => segment(&world, Form::Memory, false).await,
+                Layer::Segments => segment(&world, Form::Disk, false).await,
+                Layer::LeasedCores => segment(&world, Form::Memory, true).await,
+                Layer::Leased => segment(&world, Form::Disk, true).await,
+                Layer::Upkeep => {
+                    let clients = upkeep_run::run(&world).await;
+                    end(&world, clients).await;
+                }
             }
         });
     }));
@@ -116,6 +129,13 @@ impl Cluster {
         node
     }
 
+    /// One that confirms its claims.
+    fn leased(&mut self, world: &Arc<World>, number: u32) -> ClientNode {
+        let node = world.leased_client(number, self.plan.store_faults.clone());
+        self.clients.push(node.clone());
+        node
+    }
+
     fn start_recoverers(&mut self, world: &Arc<World>) {
         for i in 0..self.plan.recoverers {
             let node = self.client(world, 10 + i);
@@ -124,6 +144,7 @@ impl Cluster {
                 node.clone(),
                 world.random.fork(),
                 self.until,
+                0..3,
             );
             node.tasks.spawn("recoverer", recoverer);
         }
@@ -194,13 +215,14 @@ async fn ledgers(world: &Arc<World>, form: Form) {
     end(world, clients).await;
 }
 
-async fn segment(world: &Arc<World>, form: Form) {
+async fn segment(world: &Arc<World>, form: Form, leased: bool) {
     let mut cluster = Cluster::start(world, form).await;
     let plan = SegmentPlan::draw(&world.random.fork(), cluster.plan.quorum);
     world.history.note(format!("{plan:?}"));
     let segment = Segment::create(world, plan.clone()).await;
     for i in 0..plan.owners {
-        let node = cluster.client(world, 40 + i);
+        let node =
+            if leased { cluster.leased(world, 40 + i) } else { cluster.client(world, 40 + i) };
         let own = segment_run::own(
             Arc::clone(&segment),
             node.clone(),

@@ -16,9 +16,18 @@ use super::{
 /// Threads that run seeds. Each seed has a runtime of its own, so their number changes nothing.
 const THREADS: usize = 2;
 
+/// Seeds from here on exercise auto-recovery and GC.
+pub(crate) const UPKEEP: u64 = 1_000_000;
+
+/// Seeds from here on exercise owners that confirm their claims.
+pub(crate) const LEASED: u64 = 2_000_000;
+
 /// Which layer a seed exercises.
 pub(crate) fn layer_of(seed: u64) -> Layer {
     match seed % 4 {
+        0 | 2 if seed >= LEASED => Layer::LeasedCores,
+        _ if seed >= LEASED => Layer::Leased,
+        _ if seed >= UPKEEP => Layer::Upkeep,
         0 => Layer::Cores,
         1 => Layer::Bookies,
         2 => Layer::SegmentCores,

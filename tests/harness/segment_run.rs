@@ -15,7 +15,7 @@ use geminga_managed_ledger::{
     ProducerIdentity, ProducerOpen, PublishBatch, PublishError, SettleError, Settlement, Start,
     Status, StoredBatch,
 };
-use geminga_metadata::{Op, Txn, TxnOutcome, keys};
+use geminga_metadata::{Op, Standing, Txn, TxnOutcome, keys};
 use geminga_proto::{
     ids::{Bundle, Offset, SegmentId, SubscriptionId, TopicId},
     names::ProducerName,
@@ -51,6 +51,7 @@ pub(crate) struct Segment {
 struct Serving {
     owner: u32,
     ledger: ManagedLedger,
+    standing: Standing,
 }
 
 impl Segment {
@@ -89,18 +90,26 @@ impl Segment {
             tasks: node.tasks.clone(),
             config: self.plan.config.clone(),
             metrics: ManagedLedgerMetrics::default(),
+            cold: None,
         })
     }
 
     /// Takes it over, and shows what was found.
-    async fn load(&self, ledgers: &ManagedLedgers) -> Result<Serving, LoadError> {
+    async fn load(
+        &self,
+        node: &ClientNode,
+        ledgers: &ManagedLedgers,
+    ) -> Result<Serving, LoadError> {
         let owner = self.owners.fetch_add(1, Ordering::Relaxed);
         let history = &self.world.history;
         history.record(Event::LoadBegun { segment: self.key(), owner });
-        let ledger = ledgers.load(self.id, self.claim.clone()).await?;
+        node.store.loads(true);
+        let loaded = ledgers.load(self.id, self.claim.clone()).await;
+        node.store.loads(false);
+        let ledger = loaded?;
         history.saw(Seen::Takeover);
         history.note(format!("owner {owner} serves in epoch {}", ledger.epoch()));
-        let serving = Serving { owner, ledger };
+        let serving = Serving { owner, ledger, standing: node.standing.clone() };
         for subscription in 0..self.plan.subscriptions {
             self.show_cursor(&serving, subscription);
         }
@@ -109,6 +118,7 @@ impl Segment {
         if !all.is_empty() {
             history.saw(Seen::StaleOwnerAnswered);
         }
+        history.saw_if(all.iter().any(|one| !one.standing.confirmed()), Seen::TakenProvisional);
         all.push(serving.clone());
         Ok(serving)
     }
@@ -136,7 +146,8 @@ pub(crate) async fn own(segment: Arc<Segment>, node: ClientNode, random: Random,
     let ledgers = segment.factory(&node);
     while Instant::now() < until {
         sleep(Duration::from_millis(random.below(segment.plan.takeover_ms + 1))).await;
-        let serving = match segment.load(&ledgers).await {
+        node.standing.until_confirmed().await;
+        let serving = match segment.load(&node, &ledgers).await {
             Ok(serving) => serving,
             Err(error) => {
                 history.note(format!("client {} does not load: {error}", node.number));
@@ -155,6 +166,7 @@ pub(crate) async fn own(segment: Arc<Segment>, node: ClientNode, random: Random,
         if let Ok(Some(status)) = timeout(kept, ended).await {
             if matches!(status, Status::Fenced(_)) {
                 history.saw(Seen::OwnerFenced);
+                history.saw_if(!node.standing.confirmed(), Seen::FencedProvisional);
             }
             history.note(format!("owner {}: {status:?}", serving.owner));
             continue;
@@ -250,6 +262,9 @@ impl Producer {
     fn stored(&mut self, serving: &Serving, cut: usize, offset: Option<u64>, duplicate: bool) {
         let cut = &mut self.cuts[cut];
         cut.stored = true;
+        if !serving.standing.confirmed() {
+            self.segment.world.history.saw(Seen::PublishedProvisional);
+        }
         self.segment.world.history.record(Event::Published {
             segment: self.segment.key(),
             epoch: serving.ledger.epoch().0,
@@ -350,6 +365,8 @@ impl Producer {
             uncompressed_size: payload.len() as u32,
             index: Default::default(),
             payload: payload.clone(),
+            traceparent: String::new(),
+            trace: None,
             permit: self
                 .segment
                 .budget
@@ -426,6 +443,7 @@ async fn settle_some(
         .await
     {
         Ok(Ok(next)) => {
+            history.saw_if(!serving.standing.confirmed(), Seen::SettledProvisional);
             let (epoch, owner, next) = (serving.ledger.epoch().0, serving.owner, next.0);
             history.record(Event::Settled {
                 segment: key,
@@ -470,7 +488,7 @@ pub(crate) async fn inspect(
     let ledgers = segment.factory(node);
     let deadline = Instant::now() + HEALED_PATIENCE;
     while history.violation().is_none() {
-        match segment.load(&ledgers).await {
+        match segment.load(node, &ledgers).await {
             Ok(serving) => match inspect_once(segment, &serving, &mut producers).await {
                 Ok(()) => return,
                 Err((invariant, what)) if Instant::now() > deadline || invariant != "I20" => {

@@ -12,7 +12,7 @@ use geminga_bookie_client::{
     ClientMetrics, LedgerClient, LedgerClientConfig, LedgerClientParts,
     bookie_rpc::loopback::Loopback,
 };
-use geminga_metadata::{FaultPlan, FaultyStore, MemoryStore, SharedStore};
+use geminga_metadata::{FaultPlan, FaultyStore, MemoryStore, SharedStore, Standing};
 use geminga_runtime::{
     clock::{ManualClock, SharedClock, Timestamp},
     random::Random,
@@ -20,6 +20,7 @@ use geminga_runtime::{
 };
 
 use super::{
+    claims,
     history::History,
     network::Network,
     observe::ObservedStore,
@@ -108,6 +109,17 @@ impl World {
     pub(crate) fn client(&self, number: u32, plan: FaultPlan) -> ClientNode {
         let random = self.random.fork();
         let store = self.store_view(plan);
+        self.client_over(number, store, random, Standing::always())
+    }
+
+    /// The same over a view of the store that the process uses for other things as well.
+    pub(crate) fn client_over(
+        &self,
+        number: u32,
+        store: StoreView,
+        random: Random,
+        standing: Standing,
+    ) -> ClientNode {
         let tasks = Tasks::new(format!("client-{number}"));
         let config = LedgerClientConfig {
             add_timeout: Duration::from_millis(500 + random.below(4_500)),
@@ -129,8 +141,20 @@ impl World {
             tasks: tasks.clone(),
             config,
             metrics: ClientMetrics::default(),
+            standing: standing.clone(),
         });
-        ClientNode { number, client, store, tasks }
+        ClientNode { number, client, store, tasks, standing }
+    }
+
+    /// A process that starts no metadata change unless its claims are confirmed (O3), and confirms them from now on.
+    pub(crate) fn leased_client(self: &Arc<Self>, number: u32, plan: FaultPlan) -> ClientNode {
+        let random = self.random.fork();
+        let (setter, standing) = Standing::new();
+        let store = self.store_view(plan);
+        let node = self.client_over(number, store.clone(), random, standing.clone());
+        store.watch_standing(number, standing);
+        node.tasks.spawn("claims", claims::confirm(Arc::clone(self), node.clone(), setter));
+        node
     }
 
     /// The clock, as a handle.
@@ -147,4 +171,6 @@ pub(crate) struct ClientNode {
     pub(crate) store: StoreView,
     /// Owner of all it runs: `abort` is kill -9.
     pub(crate) tasks: Tasks,
+    /// Whether its claims are confirmed (O3).
+    pub(crate) standing: Standing,
 }

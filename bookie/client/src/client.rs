@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use geminga_metadata::{Compare, Op, RangeRequest, SharedStore, StoreError, Txn, commit, keys};
+use geminga_metadata::{
+    Compare, Op, RangeRequest, SharedStore, Standing, StoreError, Txn, commit, keys,
+};
 use geminga_proto::ids::{EntryId, Epoch, LedgerId};
 use geminga_runtime::{clock::SharedClock, random::Random, tasks::Tasks};
 use parking_lot::Mutex;
@@ -18,6 +20,7 @@ use crate::{
     },
     metrics::ClientMetrics,
     quorum::Quorum,
+    read_times::ReadTimes,
     reader::{LedgerReader, SharedSilent},
     recovery::{ClosedLedger, Recovered, RecoveryError, RecoveryStart},
     settle::listing_op,
@@ -35,6 +38,8 @@ pub struct LedgerClientParts {
     pub tasks: Tasks,
     pub config: LedgerClientConfig,
     pub metrics: ClientMetrics,
+    /// While it is provisional no metadata change is started (O3, EC7).
+    pub standing: Standing,
 }
 
 /// Handle to ledgers. Clones share everything.
@@ -43,6 +48,7 @@ pub struct LedgerClient {
     pub(crate) parts: Arc<LedgerClientParts>,
     pub(crate) memory: Arc<ClientMemory>,
     pub(crate) silent: SharedSilent,
+    pub(crate) read_times: Arc<ReadTimes>,
     hint: Arc<Mutex<Option<Hint>>>,
     /// How long the client's last recovery took (R1).
     last_recovery: Arc<Mutex<Duration>>,
@@ -79,22 +85,33 @@ impl LedgerClient {
             memory: Arc::new(ClientMemory::new(parts.config.client_bytes_max, gauge)),
             parts: Arc::new(parts),
             silent: Arc::default(),
+            read_times: Arc::default(),
             hint: Arc::default(),
             last_recovery: Arc::default(),
             reported: Arc::default(),
         }
     }
 
+    /// Whether metadata changes may be started now (O3).
+    #[must_use]
+    pub fn standing(&self) -> &Standing {
+        &self.parts.standing
+    }
+
     /// Chooses the slots of a new ledger (W0, EC6), by a linearizable read of the registrations (MD2). Writes nothing.
     ///
     /// # Errors
-    /// [`EnsembleError`].
+    /// [`EnsembleError`]; [`StoreError::Unavailable`] on a provisional claim, because no creation is started then (O3).
     pub async fn plan_create(
         &self,
         id: LedgerId,
         quorum: Quorum,
         owner: LedgerOwner,
     ) -> Result<NewLedger, EnsembleError> {
+        if !self.parts.standing.confirmed() {
+            let why = "the claim is provisional, no ledger is created".to_owned();
+            return Err(StoreError::Unavailable(why).into());
+        }
         let available = self.available().await?;
         let random = &self.parts.random;
         let slots = ensemble::choose(quorum, &available, LedgerAge::new(id, None), random)?;

@@ -38,8 +38,11 @@ pub struct LedgerClientConfig {
     pub recovery_patience: Duration,
     /// A standing recovery nonce is left alone for at least this long (R1).
     pub rival_patience: Duration,
-    /// A read that is not answered by then is also sent to the next bookie (RD5).
+    /// A read that is not answered by then is also sent to the next bookie, as long as too few reads of the bookie were seen
+    /// to know its p95 (RD5).
     pub speculative_after: Duration,
+    /// With its p95 known, not before this.
+    pub speculative_min: Duration,
 }
 
 impl Default for LedgerClientConfig {
@@ -62,6 +65,7 @@ impl Default for LedgerClientConfig {
             recovery_patience: Duration::from_secs(30),
             rival_patience: Duration::from_secs(2),
             speculative_after: Duration::from_millis(200),
+            speculative_min: Duration::from_millis(10),
         }
     }
 }

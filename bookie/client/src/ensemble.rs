@@ -1,4 +1,7 @@
-//! Which incarnations take part: the choice for a new ledger (W0) and for a slot that failed (EC6). Pure.
+//! Which incarnations take part: the choice for a new ledger (W0) and for a slot that failed (EC6). Pure. Where they stand
+//! is [`zones`]'s part.
+
+pub mod zones;
 
 use geminga_metadata::{KeyValue, Revision, StoreError};
 use geminga_proto::{
@@ -26,6 +29,8 @@ pub struct Available {
     pub limbo: Option<LimboBound>,
     /// Bytes.
     pub disk_free: u64,
+    /// Failure domain. Empty: no zone is known; all bookies without one count as one zone.
+    pub zone: String,
 }
 
 /// The ledger that needs a slot filled, as far as limbo asks (D8).
@@ -74,10 +79,11 @@ impl Available {
             draining: value.draining,
             limbo,
             disk_free: value.disk_free_bytes,
+            zone: value.zone,
         })
     }
 
-    /// EC6: writable, not draining, not in limbo for this ledger (zones are not known yet).
+    /// EC6: writable, not draining, not in limbo for this ledger. The zone rule is about sets of them: [`zones`].
     #[must_use]
     pub fn takes(&self, ledger: LedgerAge) -> bool {
         self.writable && !self.draining && !self.in_limbo(ledger)
@@ -93,15 +99,20 @@ impl Available {
 }
 
 /// Candidates for `ledger`, best first: more free space first (in steps of an eighth of the largest), chance among equals.
-fn ranked(available: &[Available], ledger: LedgerAge, random: &Random) -> Vec<Incarnation> {
+fn ranked<'a>(
+    available: &'a [Available],
+    ledger: LedgerAge,
+    random: &Random,
+) -> Vec<&'a Available> {
     let mut candidates: Vec<&Available> = available.iter().filter(|a| a.takes(ledger)).collect();
     let step = (candidates.iter().map(|a| a.disk_free).max().unwrap_or(0) / 8).max(1);
     random.shuffle(&mut candidates);
     candidates.sort_by_key(|a| std::cmp::Reverse(a.disk_free / step));
-    candidates.into_iter().map(|a| a.incarnation).collect()
+    candidates
 }
 
-/// The slots of a new ledger (W0): E writable incarnations, or vacant slots, at most Qw-Qa in any write set.
+/// The slots of a new ledger (W0): E writable incarnations, or vacant slots, at most Qw-Qa in any write set. Every write set
+/// spans as many zones as it can; among choices that are alike in that, the one with more free space.
 ///
 /// # Errors
 /// [`EnsembleError::NotEnoughBookies`].
@@ -111,18 +122,26 @@ pub fn choose(
     ledger: LedgerAge,
     random: &Random,
 ) -> Result<Vec<Holder>, EnsembleError> {
-    let mut candidates = ranked(available, ledger, random);
+    let candidates = ranked(available, ledger, random);
     let writable = candidates.len();
-    candidates.truncate(quorum.ensemble());
-    random.shuffle(&mut candidates); // so that slot 0 is not always the emptiest
-    let vacant = quorum.ensemble() - candidates.len();
-    let mut slots: Vec<Holder> = Vec::with_capacity(quorum.ensemble());
-    let mut candidates = candidates.into_iter();
-    for slot in 0..quorum.ensemble() {
-        // Vacancies are spread evenly, which keeps the most of them in any window least.
-        let before = slot * vacant / quorum.ensemble();
-        let after = (slot + 1) * vacant / quorum.ensemble();
-        slots.push(if after > before { None } else { candidates.next() });
+    let size = quorum.ensemble();
+    let vacant = size.saturating_sub(writable);
+    // Vacancies are spread evenly, which keeps the most of them in any window least.
+    let vacates = |slot: usize| (slot + 1) * vacant / size > slot * vacant / size;
+    let wanted: Vec<usize> = (0..size).filter(|slot| !vacates(*slot)).collect();
+    let mut slots = vec![None; size];
+    let chosen = zones::assign(quorum, &vec![None; size], &wanted, &candidates);
+    // So that slot 0 is not always the emptiest: a turn changes no write set, and neither does a swap within a zone.
+    let turn = random.below(size as u64) as usize;
+    let mut order: Vec<usize> = (0..chosen.len()).collect();
+    random.shuffle(&mut order);
+    let mut taken = vec![false; chosen.len()];
+    for (slot, bookie) in &chosen {
+        let same_zone = |i: &&usize| !taken[**i] && chosen[**i].1.zone == bookie.zone;
+        if let Some(i) = order.iter().find(same_zone).copied() {
+            taken[i] = true;
+            slots[(slot + turn) % size] = Some(chosen[i].1.incarnation);
+        }
     }
     if quorum.every_write_set_has(quorum.ack(), |slot| slots[slot.0].is_some()) {
         Ok(slots)
@@ -139,17 +158,25 @@ fn needed(quorum: Quorum) -> usize {
 }
 
 /// Replacements for some slots of a fragment (EC3, EC6), in the order of `wanted`; none where there is no more candidate.
-/// What the fragment holds is never chosen again, not even what is being replaced.
+/// What the fragment holds is never chosen again, not even what is being replaced. Keeps the zone rule, see [`zones`].
 #[must_use]
 pub fn replacements(
+    quorum: Quorum,
     slots: &[Holder],
     wanted: &[usize],
     available: &[Available],
     ledger: LedgerAge,
     random: &Random,
 ) -> Vec<(usize, Incarnation)> {
-    let free = ranked(available, ledger, random).into_iter().filter(|i| !slots.contains(&Some(*i)));
-    wanted.iter().copied().zip(free).collect()
+    let mut free = ranked(available, ledger, random);
+    free.retain(|candidate| !slots.contains(&Some(candidate.incarnation)));
+    let wanted = &wanted[..wanted.len().min(free.len())];
+    let mut fixed = zones::zones_of(slots, available);
+    for slot in wanted {
+        fixed[*slot] = None;
+    }
+    let chosen = zones::assign(quorum, &fixed, wanted, &free);
+    chosen.into_iter().map(|(slot, bookie)| (slot, bookie.incarnation)).collect()
 }
 
 #[cfg(test)]
@@ -166,6 +193,7 @@ mod tests {
             draining: false,
             limbo: None,
             disk_free: free,
+            zone: String::new(),
         }
     }
 
@@ -193,7 +221,8 @@ mod tests {
         ];
         let chosen = |created| {
             let age = LedgerAge { generation: 0, created };
-            replacements(&[Some(Incarnation(4)), None], &[1], &bookies, age, &random)
+            let two = Quorum::new(2, 2, 1).expect("in order");
+            replacements(two, &[Some(Incarnation(4)), None], &[1], &bookies, age, &random)
         };
         assert_eq!(chosen(Some(Revision(10))), []);
         assert_eq!(chosen(Some(Revision(11))), [(1, Incarnation(3))], "created above the bound");

@@ -9,6 +9,7 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use geminga_proto::ids::{EntryId, LedgerId};
+use geminga_runtime::telemetry::TraceContext;
 
 /// Bytes in front of the payload.
 pub const ENTRY_HEADER_BYTES: usize = 40;
@@ -22,6 +23,8 @@ pub struct Payload {
     pub head: Bytes,
     /// Second part; may be empty.
     pub body: Bytes,
+    /// The trace it belongs to, if somebody records it. It travels beside the entry and is no part of its bytes.
+    pub trace: Option<TraceContext>,
 }
 
 impl Payload {
@@ -55,7 +58,7 @@ impl Payload {
 
 impl From<Bytes> for Payload {
     fn from(body: Bytes) -> Self {
-        Self { head: Bytes::new(), body }
+        Self { body, ..Self::default() }
     }
 }
 
@@ -139,6 +142,16 @@ impl Entry {
     /// # Errors
     /// [`EntryDamage`].
     pub fn decode(bytes: Bytes) -> Result<Self, EntryDamage> {
+        let entry = Self::parse(bytes)?;
+        entry.verify()?;
+        Ok(entry)
+    }
+
+    /// Reads an entry whose digest somebody else will check: on the way through a connection, the receiver does.
+    ///
+    /// # Errors
+    /// [`EntryDamage::Length`].
+    pub fn parse(bytes: Bytes) -> Result<Self, EntryDamage> {
         let short = EntryDamage::Length { got: bytes.len(), expected: ENTRY_HEADER_BYTES };
         if bytes.len() < ENTRY_HEADER_BYTES {
             return Err(short);
@@ -155,9 +168,7 @@ impl Entry {
             return Err(EntryDamage::Length { got: bytes.len(), expected });
         }
         let payload = Payload::from(bytes.slice(ENTRY_HEADER_BYTES..));
-        let entry = Self { ledger, id, lac, acc_length, payload, digest };
-        entry.verify()?;
-        Ok(entry)
+        Ok(Self { ledger, id, lac, acc_length, payload, digest })
     }
 
     /// Checks the digest.
@@ -201,8 +212,11 @@ mod tests {
     use super::*;
 
     fn entry(head: &[u8], body: &[u8]) -> Entry {
-        let payload =
-            Payload { head: Bytes::copy_from_slice(head), body: Bytes::copy_from_slice(body) };
+        let payload = Payload {
+            head: Bytes::copy_from_slice(head),
+            body: Bytes::copy_from_slice(body),
+            trace: None,
+        };
         Entry::seal(LedgerId(7), EntryId(3), Some(EntryId(2)), 99, payload)
     }
 

@@ -20,6 +20,7 @@ mod memory;
 pub mod metadata;
 pub mod metrics;
 mod quorum;
+mod read_times;
 mod reader;
 pub mod recovery;
 mod settle;
@@ -34,7 +35,7 @@ pub use metadata::{
     Fragment, Holder, LedgerMetadata, LedgerOwner, LedgerState, MetadataError, Nonce,
     RecoveryNonce, Versioned,
 };
-pub use metrics::ClientMetrics;
+pub use metrics::{ClientMetrics, RpcMetrics};
 pub use quorum::{ENSEMBLE_SIZE_MAX, Quorum, QuorumError};
 pub use reader::{LedgerReader, ReadError};
 pub use recovery::{ClosedLedger, Recovered, RecoveryError, RecoveryStart};

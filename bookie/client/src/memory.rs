@@ -33,12 +33,17 @@ impl ClientMemory {
         }
     }
 
+    /// Whether the limit is not reached.
+    pub(crate) fn has_room(&self) -> bool {
+        self.held.load(Ordering::Acquire) < self.limit
+    }
+
     /// Waits while the limit is reached. Cancel-safe.
     pub(crate) async fn room(&self) {
         loop {
             let mut room = std::pin::pin!(self.room.notified());
             room.as_mut().enable();
-            if self.held.load(Ordering::Acquire) < self.limit {
+            if self.has_room() {
                 return;
             }
             room.await;

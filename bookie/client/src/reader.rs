@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use geminga_proto::ids::{EntryId, Incarnation, LedgerId, Slot};
 use parking_lot::Mutex;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep_until};
 
 use crate::{
     bookie_rpc::{EntryAnswer, EntryRange, ReadAnswer, ReadRequest, Unknown},
@@ -88,24 +88,23 @@ impl LedgerReader {
         // In the fragment that is still written a copy may be on its way (Qa < Qw is a window); elsewhere it must be there.
         let is_final =
             |entry: EntryId| metadata.is_closed() || entry < metadata.last_fragment().first_entry;
+        let mut asked: Vec<(Incarnation, Instant)> = Vec::new();
+        let mut next_ask = Instant::now();
         loop {
-            if wait.is_empty() {
-                match rest.pop() {
-                    Some((slot, to)) => wait.push(self.ask(metadata, range, bytes_max, slot, to)),
-                    None => break,
-                }
+            // RD5: the next one is asked when nobody is left to wait for, or the last one takes longer than it should.
+            if wait.is_empty() || (Instant::now() >= next_ask && !rest.is_empty()) {
+                let Some((slot, to)) = rest.pop() else { break };
+                let now = Instant::now();
+                asked.push((to, now));
+                next_ask = now + self.patience(to);
+                wait.push(self.ask(metadata, range, bytes_max, slot, to));
             }
-            let slow = self.client.parts.config.speculative_after;
             let (from, answer) = tokio::select! {
                 biased;
                 Some(answered) = wait.next() => answered,
-                () = sleep(slow), if !rest.is_empty() => {
-                    if let Some((slot, to)) = rest.pop() {
-                        wait.push(self.ask(metadata, range, bytes_max, slot, to));
-                    }
-                    continue;
-                }
+                () = sleep_until(next_ask), if !rest.is_empty() => continue,
             };
+            self.note_time(&mut asked, from, &answer);
             let (entries, trouble) = self.good_part(range.first, answer);
             let at = EntryId(range.first.0 + entries.len() as u64);
             match trouble {
@@ -126,6 +125,9 @@ impl LedgerReader {
                 Some(Trouble::Unknown(_)) | None => {}
             }
             if !entries.is_empty() {
+                for (slower, since) in asked {
+                    self.client.read_times.note_unanswered(slower, since.elapsed());
+                }
                 self.report(range.first, &damaged);
                 return Ok(entries);
             }
@@ -135,6 +137,26 @@ impl LedgerReader {
         match unknown {
             Some(why) => Err(ReadError::Unavailable { ledger, entry, why: why.to_string() }),
             None => Err(ReadError::Damaged { ledger, entry }),
+        }
+    }
+
+    fn patience(&self, bookie: Incarnation) -> Duration {
+        let config = &self.client.parts.config;
+        let (floor, unknown) = (config.speculative_min, config.speculative_after);
+        self.client.read_times.patience(bookie, floor, unknown)
+    }
+
+    /// It answered: no longer among those asked. A refusal says nothing of how long its reads take.
+    fn note_time(
+        &self,
+        asked: &mut Vec<(Incarnation, Instant)>,
+        from: Incarnation,
+        answer: &ReadAnswer,
+    ) {
+        let Some(at) = asked.iter().position(|(to, _)| *to == from) else { return };
+        let (_, since) = asked.remove(at);
+        if !matches!(answer.entries.first(), None | Some(EntryAnswer::Unknown(_))) {
+            self.client.read_times.note(from, since.elapsed());
         }
     }
 

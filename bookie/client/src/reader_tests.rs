@@ -136,3 +136,41 @@ async fn a_copy_missing_from_a_final_fragment_of_an_open_ledger_is_reported() {
     crate::testing::pass(0.1).await;
     assert!(world.is_listed().await);
 }
+
+/// RD5: a second bookie is asked after what the first one usually takes, not after a constant.
+#[tokio::test(start_paused = true)]
+async fn a_second_bookie_is_asked_after_the_p95_of_the_first() {
+    use std::time::Duration;
+
+    use crate::bookie_rpc::scripted::{Call, ScriptedBookies};
+
+    let world = closed_world().await;
+    let metadata = world.metadata().await.value;
+    let (scripted, mut calls) = ScriptedBookies::new();
+    let client = world.client_with(Some(Arc::new(scripted)), |_| {});
+    let reader = client.reader(LEDGER);
+    let (_, usual) = reader.order(&metadata, EntryId(0))[0];
+    let usually = Duration::from_millis(30);
+    for _ in 0..20 {
+        let read = reader.read(&metadata, range(0, 0), 1);
+        let answer = async {
+            let call = calls.recv().await.expect("asked");
+            assert_eq!(call.to(), usual);
+            tokio::time::sleep(usually).await;
+            call.pass_on(&world.bookies[&usual.0]).await;
+        };
+        assert_eq!(tokio::join!(read, answer).0.expect("readable").len(), 1);
+    }
+    let start = Instant::now();
+    let read = reader.read(&metadata, range(0, 0), 1);
+    let second = async {
+        let _never = calls.recv().await.expect("asked");
+        let second = calls.recv().await.expect("asked after a while");
+        assert_ne!(second.to(), usual);
+        assert!(matches!(second, Call::Read(..)));
+        assert!((30..=32).contains(&start.elapsed().as_millis()), "{:?}", start.elapsed());
+        let to = second.to().0;
+        second.pass_on(&world.bookies[&to]).await;
+    };
+    assert_eq!(tokio::join!(read, second).0.expect("readable").len(), 1);
+}

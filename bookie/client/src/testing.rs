@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use geminga_metadata::{MemoryStore, Op, SharedStore, Txn, TxnOutcome, keys};
+use geminga_metadata::{MemoryStore, Op, SharedStore, Standing, Txn, TxnOutcome, keys};
 use geminga_proto::{
     ids::{EntryId, Epoch, Incarnation, LedgerId, SegmentId, TopicId},
     storage::v1 as wire,
@@ -63,6 +63,13 @@ impl World {
         change(&mut config);
         let bookies = bookies.unwrap_or_else(|| Arc::new(self.loopback.clone()));
         client(&self.store, &bookies, &self.tasks, &self.random, &config)
+    }
+
+    /// The same world seen by a client whose claims are confirmed, or not.
+    pub(crate) fn client_standing(&self, standing: Standing) -> LedgerClient {
+        let bookies: SharedBookies = Arc::new(self.loopback.clone());
+        let parts = parts(&self.store, &bookies, &self.tasks, &self.random, &self.config);
+        LedgerClient::new(LedgerClientParts { standing, ..parts })
     }
 
     pub(crate) async fn add_bookie(&mut self, bookie: u32) {
@@ -164,7 +171,17 @@ fn client(
     random: &Random,
     config: &LedgerClientConfig,
 ) -> LedgerClient {
-    LedgerClient::new(LedgerClientParts {
+    LedgerClient::new(parts(store, bookies, tasks, random, config))
+}
+
+fn parts(
+    store: &SharedStore,
+    bookies: &SharedBookies,
+    tasks: &Tasks,
+    random: &Random,
+    config: &LedgerClientConfig,
+) -> LedgerClientParts {
+    LedgerClientParts {
         store: Arc::clone(store),
         bookies: Arc::clone(bookies),
         clock: Arc::new(ManualClock::new(Timestamp(0))),
@@ -172,7 +189,8 @@ fn client(
         tasks: tasks.clone(),
         config: config.clone(),
         metrics: crate::ClientMetrics::default(),
-    })
+        standing: Standing::always(),
+    }
 }
 
 pub(crate) fn owner() -> LedgerOwner {

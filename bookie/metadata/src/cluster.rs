@@ -125,8 +125,12 @@ pub async fn ensure_cluster(
     let public = TenantName::parse("public").expect("a valid name");
     let default = NamespaceName::parse("public/default").expect("a valid name");
     let tenant = storage::TenantValue { format: FORMAT, created_at_ms: now.0 };
-    let namespace =
-        storage::NamespaceValue { format: FORMAT, created_at_ms: now.0, auto_create_topics: true };
+    let namespace = storage::NamespaceValue {
+        format: FORMAT,
+        created_at_ms: now.0,
+        auto_create_topics: true,
+        policies: None,
+    };
     let txn = Txn::new()
         .when(Compare::Absent(key.clone()))
         .then(Op::put(key, cluster.encode()))

@@ -47,6 +47,18 @@ pub enum ParsedKey {
     Topic(TopicId),
     /// `subs/<topic>/<name>`
     Subscription(TopicId, SubscriptionName),
+    /// `draining/brokers/<broker id>`
+    DrainingBroker(String),
+    /// `draining/bookies/<bookie id>`
+    DrainingBookie(String),
+    /// `elections/<role>`
+    Election(String),
+    /// `locks/replication/<ledger>`
+    ReplicationLock(LedgerId),
+    /// `pauses/auto-recovery`
+    AutoRecoveryPause,
+    /// `policies/cluster`
+    ClusterPolicies,
 }
 
 /// The cluster's identity, generation, feature level and bundle count. Never deleted.
@@ -247,6 +259,54 @@ pub fn subscriptions() -> Key {
     key("subs/".to_owned())
 }
 
+/// The wish that a broker gives its bundles away.
+#[must_use]
+pub fn draining_broker(broker: &str) -> Key {
+    key(format!("draining/brokers/{}", escape(broker)))
+}
+
+/// All brokers that are to give their bundles away.
+#[must_use]
+pub fn draining_brokers() -> Key {
+    key("draining/brokers/".to_owned())
+}
+
+/// The wish that a bookie gives its ledgers away for good, and how far that is (DC1).
+#[must_use]
+pub fn draining_bookie(bookie: &str) -> Key {
+    key(format!("draining/bookies/{}", escape(bookie)))
+}
+
+/// All bookies that are to give their ledgers away.
+#[must_use]
+pub fn draining_bookies() -> Key {
+    key("draining/bookies/".to_owned())
+}
+
+/// Who does the work of a role, under the holder's lease (A1).
+#[must_use]
+pub fn election(role: &str) -> Key {
+    key(format!("elections/{}", escape(role)))
+}
+
+/// Who replicates a ledger now, under the holder's lease: for efficiency only (A2).
+#[must_use]
+pub fn replication_lock(ledger: LedgerId) -> Key {
+    key(format!("locks/replication/{:016x}", ledger.0))
+}
+
+/// Set by an operator, under a lease of at most 1 h: nothing is declared lost and nothing is replicated (A1).
+#[must_use]
+pub fn auto_recovery_pause() -> Key {
+    key("pauses/auto-recovery".to_owned())
+}
+
+/// Retention and offload of the whole cluster.
+#[must_use]
+pub fn cluster_policies() -> Key {
+    key("policies/cluster".to_owned())
+}
+
 /// The way back from a key. None for bytes that no builder here makes.
 #[must_use]
 pub fn parse(key: &Key) -> Option<ParsedKey> {
@@ -276,6 +336,20 @@ pub fn parse(key: &Key) -> Option<ParsedKey> {
             let (topic, name) = rest.split_once('/')?;
             ParsedKey::Subscription(TopicId(hex_64(topic)?), SubscriptionName::parse(name).ok()?)
         }
+        "draining" => {
+            let (kind, id) = rest.split_once('/')?;
+            match kind {
+                "brokers" => ParsedKey::DrainingBroker(unescape(id)?),
+                "bookies" => ParsedKey::DrainingBookie(unescape(id)?),
+                _ => return None,
+            }
+        }
+        "elections" => ParsedKey::Election(unescape(rest)?),
+        "locks" => {
+            ParsedKey::ReplicationLock(LedgerId(hex_64(rest.strip_prefix("replication/")?)?))
+        }
+        "pauses" => (rest == "auto-recovery").then_some(ParsedKey::AutoRecoveryPause)?,
+        "policies" => (rest == "cluster").then_some(ParsedKey::ClusterPolicies)?,
         _ => return None,
     })
 }

@@ -76,6 +76,21 @@ impl LeaseKeeper {
         *self.shared.renewed_at.lock()
     }
 
+    /// Whether the store confirmed the lease by a renewal *sent* no longer than `limit` ago; false while none is held.
+    ///
+    /// The clock is tokio's, so tests can pause it. It stands still while the machine is suspended: after a suspension
+    /// this may say yes until the next renewal is answered. O3's confirmation must not rest on it alone.
+    #[must_use]
+    pub fn confirmed_within(&self, limit: Duration) -> bool {
+        self.renewed_at().is_some_and(|sent| sent.elapsed() <= limit)
+    }
+
+    /// The length that the lease is asked for with.
+    #[must_use]
+    pub fn ttl(&self) -> Duration {
+        self.shared.ttl
+    }
+
     /// Stops the keeper and revokes its lease, so that its keys go at once. Tries for one length of the lease at most;
     /// after that the lease runs out by itself. Not cancel-safe: dropped, it may leave the lease to run out.
     pub async fn end(&self) {
@@ -162,8 +177,10 @@ async fn renew(
 
 #[cfg(test)]
 mod tests {
+    use geminga_runtime::random::Random;
+
     use super::*;
-    use crate::{MemoryStore, MetadataStore, Op, Txn, keys};
+    use crate::{FaultPlan, FaultyStore, MemoryStore, MetadataStore, Op, Txn, keys};
 
     const TTL: Duration = Duration::from_secs(5);
 
@@ -195,6 +212,25 @@ mod tests {
         keeper.lost(first).await;
         let second = keeper.held().await.expect("granted again");
         assert_ne!(first, second);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_confirmation_is_as_old_as_the_sending_of_the_last_renewal() {
+        let tasks = Tasks::new("test");
+        let plan = FaultPlan::default();
+        let random = Random::from_seed(1);
+        let store = FaultyStore::new(Arc::new(MemoryStore::new()), random, plan, &tasks);
+        let keeper = LeaseKeeper::start(Arc::new(store.clone()), TTL, &tasks);
+        assert!(!keeper.confirmed_within(TTL), "nothing is held yet");
+        let lease = keeper.held().await.expect("granted");
+        store.set_partitioned(true);
+        tokio::time::sleep(TTL).await;
+        assert_eq!(keeper.current(), Some(lease), "the lease is not known to be lost");
+        assert!(!keeper.confirmed_within(TTL * 4 / 5) && keeper.confirmed_within(TTL * 2));
+        store.set_partitioned(false);
+        keeper.lost(lease).await; // it ran out meanwhile
+        keeper.held().await.expect("granted again");
+        assert!(keeper.confirmed_within(TTL / 3));
     }
 
     #[tokio::test(start_paused = true)]

@@ -29,6 +29,8 @@ pub(crate) enum Item {
     Fence { ledger: LedgerId, answer: Synced },
     /// The ledger was Deleted (D13).
     Tombstone { ledger: LedgerId, answer: Synced },
+    /// The ledger moved away (D13).
+    MovedAway { ledger: LedgerId, answer: Synced },
     /// Nothing to write: wait for what was accepted before.
     Barrier { answer: Synced },
 }

@@ -127,6 +127,7 @@ impl JournalWriter {
                 Item::Add { entry, recovery, .. } => *place = group.add(entry, *recovery),
                 Item::Fence { ledger, .. } => group.fence(*ledger),
                 Item::Tombstone { ledger, .. } => group.tombstone(*ledger),
+                Item::MovedAway { ledger, .. } => group.moved_away(*ledger),
                 Item::Repeat { .. } | Item::Barrier { .. } => {}
             }
         }
@@ -308,6 +309,12 @@ fn complete(shared: &Shared, batch: Batch, place: Option<Mark>) {
                 shared.metrics.ledgers_dropped.inc();
                 let _gone = answer.send(Ok(()));
             }
+            Item::MovedAway { ledger, answer } => {
+                core.ledgers.drop_moved_away(ledger);
+                core.cache.forget(ledger);
+                shared.metrics.ledgers_moved.inc();
+                let _gone = answer.send(Ok(()));
+            }
             Item::Barrier { answer } => {
                 let _gone = answer.send(Ok(()));
             }
@@ -333,6 +340,10 @@ fn refuse(shared: &Shared, batch: Batch) {
             }
             Item::Repeat { answer, .. } => {
                 let _gone = answer.send(AddAnswer::Unknown(full()));
+            }
+            Item::MovedAway { ledger, answer } => {
+                core.ledgers.unmark_leaving(ledger);
+                let _gone = answer.send(Err(full()));
             }
             Item::Fence { answer, .. }
             | Item::Tombstone { answer, .. }

@@ -76,6 +76,12 @@ struct WireLedger {
     lac: Option<u64>,
     #[prost(uint64, optional, tag = "4")]
     indexed_max: Option<u64>,
+    #[prost(uint64, optional, tag = "5")]
+    valid_from_file: Option<u64>,
+    #[prost(uint64, tag = "6")]
+    valid_from_position: u64,
+    #[prost(uint64, tag = "7")]
+    bytes: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -213,6 +219,9 @@ fn wire_ledger(summary: &LedgerSummary) -> WireLedger {
         fenced: summary.fenced,
         lac: summary.lac.map(|lac| lac.0),
         indexed_max: summary.indexed_max.map(|entry| entry.0),
+        valid_from_file: summary.valid_from.map(|place| place.0),
+        valid_from_position: summary.valid_from.map_or(0, |place| place.1),
+        bytes: summary.bytes,
     }
 }
 
@@ -222,6 +231,8 @@ fn summary(wire: &WireLedger) -> LedgerSummary {
         fenced: wire.fenced,
         lac: wire.lac.map(EntryId),
         indexed_max: wire.indexed_max.map(EntryId),
+        valid_from: wire.valid_from_file.map(|file| (file, wire.valid_from_position)),
+        bytes: wire.bytes,
     }
 }
 
@@ -348,6 +359,8 @@ mod tests {
             fenced: true,
             lac: Some(EntryId(0)),
             indexed_max: None,
+            valid_from: Some((4, 4096)),
+            bytes: 77,
         };
         Checkpoint {
             sequence: 7,

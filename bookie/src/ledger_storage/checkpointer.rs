@@ -5,7 +5,7 @@
 //! ```
 //! Running out of space drops the partial file and tries later (D10); any other failure ends the bookie (D3).
 
-use std::{io, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 
 use geminga_runtime::disk::OpenMode;
 use tokio::time::Instant;
@@ -16,9 +16,10 @@ use super::{
 };
 use crate::{
     crash_points::CrashPoint,
-    fencing::{MemoryTable, Room},
+    fencing::{Ledgers, MemoryTable, Room, Row},
     ledger_set::LedgerSet,
     state::{Core, Indexes, Kept, Shared},
+    validity::Validity,
 };
 
 /// Pause between checkpoints that give room back to a disk without.
@@ -88,14 +89,14 @@ fn begin(shared: &Shared) -> Option<(Checkpoint, Arc<MemoryTable>)> {
     }
     let (rows, ledgers) = core.ledgers.freeze();
     let sequence = core.sequence_max + 1;
-    let (tombstones, moved_away) = core.ledgers.dropped();
     for (number, info) in &mut core.files {
         // The file being written may look dead before its first entry.
         let written = *number == core.last.file;
-        if !written && info.dead_at.is_none() && is_dead(&info.ledgers, tombstones, moved_away) {
+        if !written && info.dead_at.is_none() && is_dead(*number, &info.ledgers, &core.ledgers) {
             info.dead_at = Some(sequence);
         }
     }
+    let (tombstones, moved_away) = core.ledgers.dropped();
     let checkpoint = Checkpoint {
         sequence,
         mark: core.last,
@@ -111,21 +112,21 @@ fn begin(shared: &Shared) -> Option<(Checkpoint, Arc<MemoryTable>)> {
 
 /// Whether a dead file only waits for the older kept checkpoint to know it: then one more is worth it, even on an idle bookie.
 fn awaits_release(core: &Core) -> bool {
-    let (tombstones, moved_away) = core.ledgers.dropped();
     let known = core.kept.1.as_ref().map_or(0, |older| older.sequence);
     core.files.iter().any(|(number, info)| {
         *number != core.last.file
             && info.dead_at.is_none_or(|at| at > known)
-            && is_dead(&info.ledgers, tombstones, moved_away)
+            && is_dead(*number, &info.ledgers, &core.ledgers)
     })
 }
 
-fn is_dead(ledgers: &LedgerSet, tombstones: &LedgerSet, moved_away: &LedgerSet) -> bool {
-    ledgers.is_within(tombstones)
-        || ledgers.runs().iter().all(|&(first, last)| {
-            (first..=last)
-                .all(|id| tombstones.contains(id.into()) || moved_away.contains(id.into()))
-        })
+/// Whether nothing in this journal file counts. A ledger that moved away and came back lives in later files only.
+fn is_dead(file: u64, there: &LedgerSet, ledgers: &Ledgers) -> bool {
+    there.is_within(ledgers.dropped().0)
+        || there
+            .runs()
+            .iter()
+            .all(|&(first, last)| (first..=last).all(|id| ledgers.is_dead_in(id.into(), file)))
 }
 
 /// Writes index and checkpoint files; returns the checkpoint as written and the index files it names. Blocking.
@@ -182,8 +183,16 @@ fn write_merged(
 ) -> io::Result<IndexFile> {
     let name = index::index_name(checkpoint.sequence);
     remove_if_there(&*shared.disk, &name)?;
-    let dropped =
-        |ledger| checkpoint.tombstones.contains(ledger) || checkpoint.moved_away.contains(ledger);
+    let back: BTreeMap<_, _> = checkpoint
+        .ledgers
+        .iter()
+        .filter_map(|summary| Some((summary.ledger, Validity::From(summary.valid_from?))))
+        .collect();
+    let counts = |ledger, row: &Row| {
+        !checkpoint.tombstones.contains(ledger)
+            && (!checkpoint.moved_away.contains(ledger)
+                || back.get(&ledger).is_some_and(|validity| validity.admits(row)))
+    };
     let write = || {
         let file = shared.disk.open(&name, OpenMode::CreateNew)?;
         let mut writer = IndexWriter::new(Arc::clone(&file));
@@ -194,7 +203,7 @@ fn write_merged(
         }
         index::merge(
             sources,
-            |key, row| if dropped(key.0) { Ok(()) } else { writer.push(key, row) },
+            |key, row| if counts(key.0, &row) { writer.push(key, row) } else { Ok(()) },
         )?;
         writer.finish()?;
         shared.crash.pass(CrashPoint::IndexWritten)?;

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, io, sync::Arc};
 
 use bytes::Bytes;
 use geminga_bookie_client::{
-    bookie_rpc::{EntryAnswer, EntryRange, EntrySet, Unknown},
+    bookie_rpc::{EntryAnswer, EntryRange, Unknown},
     entry::Entry,
 };
 use geminga_proto::ids::{EntryId, LedgerId};
@@ -12,6 +12,7 @@ use geminga_proto::ids::{EntryId, LedgerId};
 use crate::{
     fencing::Row,
     state::{Core, Indexes, Shared},
+    validity::Validity,
 };
 
 /// One entry of a read, as far as memory knows.
@@ -87,9 +88,10 @@ pub(crate) fn fetch(
         Wanted::Unknown(id) => Some(*id),
         _ => None,
     });
+    let validity = shared.core().ledgers.validity(ledger);
     let indexed = match (unknown.next(), unknown.last()) {
         (None, _) => Ok(BTreeMap::new()),
-        (Some(first), last) => look_up(indexes, ledger, first, last.unwrap_or(first)),
+        (Some(first), last) => look_up(indexes, ledger, first, last.unwrap_or(first), validity),
     };
     let mut bytes = 0;
     let mut got = Vec::with_capacity(wanted.len());
@@ -115,17 +117,19 @@ pub(crate) fn fetch(
     got
 }
 
-/// The rows of a range in the index files; the newest file wins.
+/// The rows of a range in the index files that count; the newest file wins.
 pub(crate) fn look_up(
     indexes: &Indexes,
     ledger: LedgerId,
     first: EntryId,
     last: EntryId,
+    validity: Validity,
 ) -> io::Result<BTreeMap<EntryId, Row>> {
     let mut rows = BTreeMap::new();
     for index in indexes.iter().rev() {
         rows.extend(index.range(ledger, first, last)?);
     }
+    rows.retain(|_, row| validity.admits(row));
     Ok(rows)
 }
 
@@ -182,18 +186,19 @@ pub(crate) fn index_error(shared: &Shared, ledger: LedgerId, error: &io::Error) 
     }
 }
 
-/// LIST: held and synced entries of a range. Blocking.
+/// LIST: the rows of held and synced entries of a range. Blocking.
 pub(crate) fn list(
     shared: &Shared,
     indexes: &Indexes,
     ledger: LedgerId,
     range: EntryRange,
     in_memory: BTreeMap<EntryId, Row>,
-) -> Result<EntrySet, Unknown> {
-    let mut rows = look_up(indexes, ledger, range.first, range.last)
+    validity: Validity,
+) -> Result<BTreeMap<EntryId, Row>, Unknown> {
+    let mut rows = look_up(indexes, ledger, range.first, range.last, validity)
         .map_err(|e| index_error(shared, ledger, &e))?;
     rows.extend(in_memory);
-    Ok(rows.into_keys().collect())
+    Ok(rows)
 }
 
 /// Turns what is missing into the verdict that the caller got for this ledger.

@@ -43,6 +43,15 @@ impl WriteCache {
         self.entries.get(&(ledger, entry)).cloned()
     }
 
+    /// Forgets a ledger. Its places in the order of age stay until their turn comes.
+    pub(crate) fn forget(&mut self, ledger: LedgerId) {
+        let range = (ledger, EntryId(0))..=(ledger, EntryId(u64::MAX));
+        let keys: Vec<_> = self.entries.range(range).map(|(key, _)| *key).collect();
+        for key in keys {
+            self.entries.remove(&key);
+        }
+    }
+
     /// Bytes held.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes

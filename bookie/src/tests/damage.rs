@@ -1,6 +1,9 @@
 //! Flipped bits at rest: found, named, never answered as absence (D8, D9).
 
-use geminga_bookie_client::bookie_rpc::{AddAnswer, EntryAnswer, FenceAnswer, Unknown};
+use geminga_bookie_client::bookie_rpc::{
+    AddAnswer, BookieRpc, EntryAnswer, EntryRange, EntrySet, FenceAnswer, ListAnswer, Unknown,
+};
+use geminga_proto::ids::{EntryId, LedgerId};
 
 use super::harness::*;
 use crate::StartError;
@@ -21,8 +24,14 @@ async fn a_flipped_bit_in_a_stored_entry_is_unknown_counted_and_healed_by_a_repe
     assert_eq!(read(&bookie, 1, 4).await, EntryAnswer::Unknown(Unknown::Damaged));
     assert_eq!(world.metrics.damage_found.get(), 1);
     assert_eq!(read(&bookie, 1, 5).await, EntryAnswer::Held(entry(1, 5)));
+    let listed = async || {
+        let range = EntryRange { first: EntryId(4), last: EntryId(4) };
+        bookie.list(bookie.incarnation(), LedgerId(1), range, deadline()).await
+    };
+    assert_eq!(listed().await, ListAnswer::Held(EntrySet::default()), "repair sees the hole (A2)");
     assert_eq!(add(&bookie, 1, 4).await, AddAnswer::Ok);
     assert_eq!(read(&bookie, 1, 4).await, EntryAnswer::Held(entry(1, 4)));
+    assert_eq!(listed().await, ListAnswer::Held([EntryId(4)].into_iter().collect()));
 }
 
 /// Ten entries and a fence, one group each, killed: all behind the mark of the format.

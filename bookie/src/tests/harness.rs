@@ -18,7 +18,7 @@ use geminga_bookie_client::{
     },
     entry::{Entry, Payload},
 };
-use geminga_metadata::{MemoryStore, MetadataStore, Op, Txn, keys};
+use geminga_metadata::{MemoryStore, MetadataStore, Op, SharedStore, Txn, keys};
 use geminga_proto::{
     ids::{EntryId, LedgerId},
     storage::v1 as wire,
@@ -44,6 +44,8 @@ pub(super) struct World {
     /// Between the bookie and the disk, if not the disk itself.
     pub(super) seen_disk: Option<SharedDisk>,
     pub(super) store: MemoryStore,
+    /// Between the bookie and the store, if not the store itself.
+    pub(super) seen_store: Option<SharedStore>,
     pub(super) random: Random,
     pub(super) config: BookieConfig,
     pub(super) crash_points: CrashPoints,
@@ -66,6 +68,7 @@ impl World {
             disk: MemoryDisk::new(64 << 20, random.fork()),
             seen_disk: None,
             store: MemoryStore::new(),
+            seen_store: None,
             random,
             config,
             crash_points: CrashPoints::default(),
@@ -87,7 +90,7 @@ impl World {
             disk,
             journal_io: Io::inline(),
             read_io: self.read_io.clone(),
-            store: Arc::new(self.store.clone()),
+            store: self.seen_store.clone().unwrap_or_else(|| Arc::new(self.store.clone())),
             clock: Arc::new(ManualClock::new(Timestamp(1_000))),
             random: self.random.clone(),
             config: self.config.clone(),

@@ -14,6 +14,7 @@ use crate::{
     error::LoadError,
     factory::ManagedLedgers,
     list::{Counts, List, Log},
+    offload::Object,
 };
 
 /// The list as it stands, under our epoch.
@@ -158,6 +159,91 @@ impl Changer {
         let revision =
             self.commit_list(current.revision, &list, deletes, |stored| *stored == list).await?;
         Ok(Current { list, revision })
+    }
+
+    /// X1: an upload of a closed ledger begins under this uuid. Its first object is written after this, never before.
+    pub(crate) async fn begin_upload(
+        &self,
+        current: Current,
+        ledger: LedgerId,
+        uuid: [u8; 16],
+        at_ms: u64,
+        objects: usize,
+    ) -> Result<Current, ChangeError> {
+        let mut list = current.list;
+        list.begin_upload(ledger, uuid, at_ms, objects).map_err(not_now)?;
+        self.commit_upload(current.revision, list, uuid).await
+    }
+
+    /// X2: the objects of this upload were read back whole.
+    pub(crate) async fn uploaded(
+        &self,
+        current: Current,
+        ledger: LedgerId,
+        uuid: [u8; 16],
+        at_ms: u64,
+        objects: &[Object],
+    ) -> Result<Current, ChangeError> {
+        let mut list = current.list;
+        list.uploaded(ledger, uuid, at_ms, objects).map_err(not_now)?;
+        self.commit_upload(current.revision, list, uuid).await
+    }
+
+    async fn commit_upload(
+        &self,
+        read_at: Revision,
+        list: List,
+        uuid: [u8; 16],
+    ) -> Result<Current, ChangeError> {
+        // The uuid tells an earlier try of ours (MD3); so does the whole list, which nobody else writes in our epoch.
+        let shows = |stored: &List| {
+            let uploads = stored.data.iter().filter_map(|listed| listed.offload.as_ref());
+            uploads.into_iter().any(|offload| offload.uuid == uuid) && *stored == list
+        };
+        let revision = self.commit_list(read_at, &list, Txn::new(), shows).await?;
+        Ok(Current { list, revision })
+    }
+
+    /// X3: uploaded ledgers leave bookies, in one transaction with the list that says so.
+    pub(crate) async fn delete_offloaded(
+        &self,
+        current: Current,
+        ledgers: &[LedgerId],
+        at_ms: u64,
+    ) -> Result<Current, ChangeError> {
+        let deletes = self.deletes(ledgers).await?;
+        let mut list = current.list;
+        list.ledgers_deleted(ledgers, at_ms);
+        let revision =
+            self.commit_list(current.revision, &list, deletes, |stored| *stored == list).await?;
+        Ok(Current { list, revision })
+    }
+
+    /// M3: the first `count` data ledgers leave the list, and bookies, in one transaction. Objects of theirs become the
+    /// janitor's (X4).
+    pub(crate) async fn trim(
+        &self,
+        current: Current,
+        count: usize,
+    ) -> Result<Current, ChangeError> {
+        let ledgers: Vec<LedgerId> =
+            current.list.data[..count].iter().map(|listed| listed.id).collect();
+        let deletes = self.deletes(&ledgers).await?;
+        let mut list = current.list;
+        list.drop_ledgers(&ledgers);
+        let revision =
+            self.commit_list(current.revision, &list, deletes, |stored| *stored == list).await?;
+        Ok(Current { list, revision })
+    }
+
+    /// Closed -> Deleted for each, unless the cluster was restored and nobody has confirmed that yet (G3).
+    async fn deletes(&self, ledgers: &[LedgerId]) -> Result<Txn, ChangeError> {
+        let confirmed = self.ledgers.is_confirmed().await.map_err(not_now)?;
+        let deletes = self.ledgers.delete_ledgers(ledgers).await.map_err(|error| match error {
+            LoadError::Damaged(why) => ChangeError::Fenced(why),
+            other => ChangeError::NotNow(other.to_string()),
+        })?;
+        Ok(Txn::new().when(Compare::ModRevision(keys::cluster(), confirmed)).and(deletes))
     }
 
     async fn plan(&self, current: &Current) -> Result<NewLedger, ChangeError> {

@@ -35,6 +35,16 @@ pub struct ManagedLedgerConfig {
     pub cache_bytes: u64,
     /// And per segment.
     pub segment_cache_bytes: u64,
+    /// Memory of all uploads to cold storage together, bytes; one upload takes about 60 MiB of it.
+    pub offload_bytes: u64,
+    /// Blocks of offloaded ledgers kept in memory for readers, bytes, all segments together.
+    pub object_block_bytes: u64,
+    /// And where blocks lie in objects.
+    pub object_index_bytes: u64,
+    /// Pause after an upload that failed; doubled for each further one, at most ten minutes.
+    pub offload_retry: Duration,
+    /// While the metadata store does not answer: an add without an answer for so long ends the segment (O3).
+    pub probe_overdue: Duration,
     /// How long a load goes on before it answers that it is not ready.
     pub load_patience: Duration,
     /// How long an append waits for a ledger to be created.
@@ -58,6 +68,11 @@ impl Default for ManagedLedgerConfig {
             commands_max: 16_384,
             cache_bytes: 256 << 20,
             segment_cache_bytes: 32 << 20,
+            offload_bytes: 128 << 20,
+            object_block_bytes: 64 << 20,
+            object_index_bytes: 8 << 20,
+            offload_retry: Duration::from_secs(30),
+            probe_overdue: Duration::from_secs(1),
             load_patience: Duration::from_secs(30),
             create_patience: Duration::from_secs(10),
         }

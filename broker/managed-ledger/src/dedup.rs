@@ -138,6 +138,14 @@ impl Window {
         Verdict::Accept
     }
 
+    /// The batch just accepted cannot be taken up after all: as if it had not come.
+    pub fn take_back(&mut self, id: &ProducerId, chain: Chain) {
+        let Some(producer) = self.producers.get_mut(id) else { return };
+        if producer.pending.pop_back_if(|last| *last == chain).is_some() {
+            producer.pushed = chain.prev;
+        }
+    }
+
     /// The oldest pending batch of the producer is stored at `offset`.
     pub fn on_stored(&mut self, id: &ProducerId, hi: u64, offset: Offset) {
         let Some(producer) = self.producers.get_mut(id) else { return };

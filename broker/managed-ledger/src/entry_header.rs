@@ -29,7 +29,7 @@ pub fn encode(header: &EntryHeader, payload: Bytes) -> Payload {
     head.put_u8(VERSION);
     head.put_u32_le(length as u32);
     header.encode_raw(&mut head);
-    Payload { head: head.freeze(), body: payload }
+    Payload { head: head.freeze(), body: payload, trace: None }
 }
 
 /// Reads an entry: its header, and the payload as a slice of it.

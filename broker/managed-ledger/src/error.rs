@@ -80,6 +80,10 @@ pub enum PublishError {
     /// Nothing was stored, and what is chained behind it is refused as well: a new ledger needs more bookies.
     #[error("too few bookies are writable: {0}")]
     NotEnoughBookies(String),
+    /// Nothing was stored, and what is chained behind it is refused as well: no ledger is open, and none can be opened
+    /// while the metadata store does not answer (O3). Send again after a pause.
+    #[error("no ledger is open, and the metadata store does not answer")]
+    MetadataUnavailable,
     /// Nothing was stored: the owner has too much to do.
     #[error("the segment's queue is full")]
     Busy,
@@ -123,6 +127,9 @@ pub enum SettleError {
     /// The record could not be written in time for lack of bookies. It may still come into force; settling again is safe.
     #[error("too few bookies are writable: {0}")]
     NotEnoughBookies(String),
+    /// Nothing was settled: no cursor log is open, and none can be opened while the metadata store does not answer (O3).
+    #[error("no cursor log is open, and the metadata store does not answer")]
+    MetadataUnavailable,
     /// Nothing was settled: the owner has too much to do.
     #[error("the segment's queue is full")]
     Busy,
@@ -132,4 +139,18 @@ pub enum SettleError {
     /// The segment is closing.
     #[error("the segment is closing")]
     Closed,
+}
+
+/// Why an offload or a verification did not begin.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TierError {
+    /// This broker has no cold storage: configure one first.
+    #[error("no cold storage is set up")]
+    NoColdStorage,
+    /// The owner has too much to do; call again after a pause.
+    #[error("the segment's queue is full")]
+    Busy,
+    /// The segment is no longer served here; load it there.
+    #[error("the segment is no longer served here")]
+    Fenced,
 }

@@ -10,8 +10,14 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::ManagedLedgerConfig, error::LoadError, list::List, load, metrics::ManagedLedgerMetrics,
-    segment::ManagedLedger, types::Claim,
+    config::ManagedLedgerConfig,
+    error::LoadError,
+    list::List,
+    load,
+    metrics::ManagedLedgerMetrics,
+    offload::{ColdStorage, object::ColdReader},
+    segment::ManagedLedger,
+    types::Claim,
 };
 
 /// What managed ledgers are made of.
@@ -25,6 +31,8 @@ pub struct ManagedLedgersParts {
     pub tasks: Tasks,
     pub config: ManagedLedgerConfig,
     pub metrics: ManagedLedgerMetrics,
+    /// Where old ledgers go; without one nothing is offloaded, and what was is not readable here.
+    pub cold: Option<ColdStorage>,
 }
 
 /// Loads and deletes segments. Clones share everything.
@@ -36,6 +44,8 @@ struct Inner {
     parts: ManagedLedgersParts,
     ledger_ids: IdBlocks,
     cache_bytes: ByteBudget,
+    offload_bytes: ByteBudget,
+    cold: Option<Arc<ColdReader>>,
 }
 
 /// Ledger ids are taken from the store in blocks of this many (section 2).
@@ -49,7 +59,14 @@ impl ManagedLedgers {
         let ledger_ids =
             IdBlocks::new(parts.store.clone(), keys::counter("ledger"), LEDGER_IDS_BLOCK, base);
         let cache_bytes = ByteBudget::new(parts.config.cache_bytes);
-        Self(Arc::new(Inner { parts, ledger_ids, cache_bytes }))
+        let offload_bytes = ByteBudget::new(parts.config.offload_bytes);
+        let reader = |cold: &ColdStorage| {
+            let (index, blocks) =
+                (parts.config.object_index_bytes, parts.config.object_block_bytes);
+            Arc::new(ColdReader::new(cold.clone(), index, blocks, parts.metrics.clone()))
+        };
+        let cold = parts.cold.as_ref().map(reader);
+        Self(Arc::new(Inner { parts, ledger_ids, cache_bytes, offload_bytes, cold }))
     }
 
     /// The list value of a new segment, for the transaction that creates its topic.
@@ -81,6 +98,19 @@ impl ManagedLedgers {
 
     pub(crate) fn cache_bytes(&self) -> &ByteBudget {
         &self.0.cache_bytes
+    }
+
+    /// Taken by uploads.
+    pub(crate) fn offload_bytes(&self) -> &ByteBudget {
+        &self.0.offload_bytes
+    }
+
+    pub(crate) fn cold(&self) -> Option<ColdStorage> {
+        self.0.parts.cold.clone()
+    }
+
+    pub(crate) fn cold_reader(&self) -> Option<&Arc<ColdReader>> {
+        self.0.cold.as_ref()
     }
 
     pub(crate) fn cancel(&self) -> CancellationToken {

@@ -5,10 +5,12 @@
 //! [`ManagedLedger::settle`] reports is durable (C3). A stale owner gets no acknowledgement any more (I10).
 //!
 //! Main path: [`segment`]'s owner task checks the chain ([`dedup`]), gives the offset, appends to the open ledger, and rolls
-//! it through list changes ([`change`]); [`takeover`] and [`load`] bring a segment back; `read.rs` serves readers beside it.
+//! it through list changes ([`change`]); [`takeover`] and [`load`] bring a segment back; `read.rs` serves readers beside it;
+//! [`offload`] moves old ledgers to object storage, and `segment/tier.rs` trims what nobody needs.
 //! The decisions are plain synchronous code: [`dedup`], [`cursor`], [`list`], `cursor_log.rs`.
 //! What it deliberately does not know: topics' names, subscriptions' names, consumers, gRPC.
 
+mod backlog;
 mod change;
 mod config;
 pub mod cursor;
@@ -22,6 +24,7 @@ pub mod list;
 mod load;
 mod mark_delete;
 mod metrics;
+pub mod offload;
 mod read;
 mod segment;
 mod takeover;
@@ -29,12 +32,16 @@ mod takeover;
 mod tests;
 mod types;
 
+pub use backlog::Backlog;
 pub use config::ManagedLedgerConfig;
-pub use error::{DeleteError, LoadError, ProducerError, PublishError, ReadError, SettleError};
+pub use error::{
+    DeleteError, LoadError, ProducerError, PublishError, ReadError, SettleError, TierError,
+};
 pub use factory::{ManagedLedgers, ManagedLedgersParts};
 pub use metrics::ManagedLedgerMetrics;
+pub use offload::{ColdStorage, ColdStorageConfig, ColdStorageError, SweepError, TierPolicy};
 pub use segment::ManagedLedger;
 pub use types::{
     Claim, CursorView, Outcome, ProducerIdentity, ProducerOpen, ProducerOpened, PublishBatch,
-    Settlement, Start, Stats, Status, Stored, StoredBatch,
+    Settlement, Start, Stats, Status, Stored, StoredBatch, TierProgress, TierStatus,
 };

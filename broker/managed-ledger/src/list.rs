@@ -9,11 +9,15 @@ use geminga_proto::{
 };
 use prost::Message;
 
+use crate::offload::{Object, Offload, Stage};
+
 const FORMAT: u32 = 1;
 /// The largest encoded list, bytes (section 11).
 pub const LIST_BYTES_MAX: usize = 256 * 1024;
 /// Of it, kept free by [`List::open`]: whatever is listed can still be closed, taken over, and snapshotted inline.
 const RESERVED_BYTES: usize = 4 * 1024;
+/// What one object adds to the list at most, bytes.
+const OBJECT_BYTES_MAX: usize = 40;
 /// The largest inline snapshot, bytes (C6).
 pub const INLINE_SNAPSHOT_BYTES_MAX: usize = 1024;
 
@@ -49,7 +53,7 @@ pub struct Counts {
 }
 
 /// One listed ledger.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listed {
     pub id: LedgerId,
     /// The offset of its first message; 0 in the cursor log.
@@ -57,10 +61,32 @@ pub struct Listed {
     pub state: ListedState,
     /// Zero until it is Closed.
     pub counts: Counts,
+    /// How far its way to cold storage has come; none: not begun.
+    pub offload: Option<Offload>,
+}
+
+impl Listed {
+    /// Whether entries are still added to it.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.state == ListedState::Open
+    }
+
+    /// How far its way to cold storage has come.
+    #[must_use]
+    pub fn stage(&self) -> Option<Stage> {
+        self.offload.as_ref().map(|offload| offload.stage)
+    }
+
+    /// The offset after its last message, once it is Closed.
+    #[must_use]
+    pub fn end(&self) -> Offset {
+        self.base_offset.advance(self.counts.records)
+    }
 }
 
 /// The decoded, checked list value.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct List {
     /// 0 before the first takeover.
     pub epoch: Epoch,
@@ -150,7 +176,13 @@ impl List {
             row.iter().all(|listed| listed.state == ListedState::Closed),
             "a log has one open ledger at most"
         );
-        row.push(Listed { id, base_offset, state: ListedState::Open, counts: Counts::default() });
+        row.push(Listed {
+            id,
+            base_offset,
+            state: ListedState::Open,
+            counts: Counts::default(),
+            offload: None,
+        });
         Ok(())
     }
 
@@ -159,7 +191,77 @@ impl List {
         self.cursor_log.retain(|listed| listed.id != id);
     }
 
-    /// Unlists closed ledgers of a segment that is being deleted, oldest first.
+    /// An upload of a closed data ledger begins, under a uuid of its own; one that did not end is given up (X1).
+    ///
+    /// # Errors
+    /// [`ListError`] when it is not there to be uploaded, or the list has no room for what it would say of `objects`.
+    pub fn begin_upload(
+        &mut self,
+        id: LedgerId,
+        uuid: [u8; 16],
+        at_ms: u64,
+        objects: usize,
+    ) -> Result<(), ListError> {
+        let stage = Stage::Uploading;
+        let offload = Offload { stage, uuid, at_ms, objects: [].into() };
+        let Some(listed) = self.data.iter_mut().find(|listed| listed.id == id) else {
+            return Err(ListError(format!("does not name ledger {id}")));
+        };
+        if listed.state != ListedState::Closed || listed.stage() > Some(Stage::Uploading) {
+            return Err(ListError(format!("has ledger {id} in no state to be uploaded")));
+        }
+        listed.offload = Some(offload);
+        self.check_room(objects * OBJECT_BYTES_MAX)
+    }
+
+    /// The upload ended: its objects were read back whole (X2).
+    ///
+    /// # Errors
+    /// [`ListError`] when another upload stands there, or the list has no room.
+    pub fn uploaded(
+        &mut self,
+        id: LedgerId,
+        uuid: [u8; 16],
+        at_ms: u64,
+        objects: &[Object],
+    ) -> Result<(), ListError> {
+        let listed = self.data.iter_mut().find(|listed| {
+            let offload = listed.offload.as_ref();
+            listed.id == id
+                && offload.is_some_and(|o| o.uuid == uuid && o.stage == Stage::Uploading)
+        });
+        let Some(listed) = listed else {
+            return Err(ListError(format!("has no such upload of ledger {id}")));
+        };
+        let offload = Offload { stage: Stage::Uploaded, uuid, at_ms, objects: objects.into() };
+        // What could not be read back as a list must not get into one.
+        Offload::from_wire(&offload.to_wire(), listed.counts.entries)
+            .map_err(|why| ListError(format!("would have ledger {id} with {why}")))?;
+        listed.offload = Some(offload);
+        self.check_room(0)
+    }
+
+    /// Ledgers leave bookies; their objects are the only copy from now on (X3). Others than uploaded ones are left alone.
+    pub fn ledgers_deleted(&mut self, ids: &[LedgerId], at_ms: u64) {
+        for listed in self.data.iter_mut().filter(|listed| ids.contains(&listed.id)) {
+            if let Some(offload) = &mut listed.offload
+                && offload.stage == Stage::Uploaded
+            {
+                (offload.stage, offload.at_ms) = (Stage::LedgerDeleted, at_ms);
+            }
+        }
+    }
+
+    /// What is listed can still be closed and taken over after `more` bytes.
+    fn check_room(&self, more: usize) -> Result<(), ListError> {
+        let bytes = self.to_wire().encoded_len();
+        if bytes + more + RESERVED_BYTES > LIST_BYTES_MAX {
+            return Err(ListError(format!("has {bytes} bytes, which leaves no room for objects")));
+        }
+        Ok(())
+    }
+
+    /// Unlists closed data ledgers, the oldest ones (M3), or closed ledgers of a segment that is being deleted.
     pub fn drop_ledgers(&mut self, ids: &[LedgerId]) {
         self.next_offset = self.closed_end();
         self.data.retain(|listed| !ids.contains(&listed.id));
@@ -297,6 +399,7 @@ fn to_wire(ledger: &Listed) -> wire::LedgerEntry {
         first_publish_ms: ledger.counts.first_publish_ms,
         last_publish_ms: ledger.counts.last_publish_ms,
         state: state as i32,
+        offload: ledger.offload.as_ref().map(Offload::to_wire),
     }
 }
 
@@ -317,8 +420,18 @@ fn from_wire(entry: wire::LedgerEntry) -> Result<Listed, ListError> {
         first_publish_ms: entry.first_publish_ms,
         last_publish_ms: entry.last_publish_ms,
     };
-    let base_offset = Offset(entry.base_offset);
-    Ok(Listed { id: LedgerId(entry.ledger), base_offset, state, counts })
+    let offload = entry.offload.as_ref().map(|value| {
+        if state != ListedState::Closed {
+            return Err(ListError(format!(
+                "has an upload of ledger {}, which is open",
+                entry.ledger
+            )));
+        }
+        Offload::from_wire(value, entry.entries)
+            .map_err(|why| ListError(format!("has ledger {} with {why}", entry.ledger)))
+    });
+    let (base_offset, offload) = (Offset(entry.base_offset), offload.transpose()?);
+    Ok(Listed { id: LedgerId(entry.ledger), base_offset, state, counts, offload })
 }
 
 #[cfg(test)]
@@ -333,6 +446,7 @@ mod tests {
         CloseAll(u64),
         RecoverAll,
         DropCursorLedger,
+        Offload(usize),
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -342,6 +456,7 @@ mod tests {
             (0u64..5).prop_map(Step::CloseAll),
             Just(Step::RecoverAll),
             Just(Step::DropCursorLedger),
+            any::<usize>().prop_map(Step::Offload),
         ]
     }
 
@@ -365,6 +480,27 @@ mod tests {
                         if log == Log::Data { records += n; }
                     },
                     Step::RecoverAll => for (_, id) in unfinished(&list) { list.recover(id); },
+                    Step::Offload(n) => {
+                        let closed = list.data.iter().filter(|l| l.state == ListedState::Closed && l.counts.entries > 0);
+                        let closed: Vec<_> = closed.cloned().collect();
+                        if let Some(listed) = closed.get(n % closed.len().max(1)) {
+                            let uuid = [next_id as u8; 16];
+                            let entries = listed.counts.entries;
+                            let object = Object { bytes: 9, crc32c: 7, first_entry: geminga_proto::ids::EntryId(0), entries };
+                            match listed.stage() {
+                                None => list.begin_upload(listed.id, uuid, 5, 1).expect("closed"),
+                                Some(Stage::Uploading) => {
+                                    prop_assert!(list.clone().uploaded(listed.id, [0xEE; 16], 6, &[object]).is_err());
+                                    let uuid = listed.offload.as_ref().expect("uploading").uuid;
+                                    list.uploaded(listed.id, uuid, 6, &[object]).expect("ours");
+                                }
+                                Some(_) => {
+                                    prop_assert!(list.clone().begin_upload(listed.id, uuid, 5, 1).is_err());
+                                    list.ledgers_deleted(&[listed.id], 7);
+                                }
+                            }
+                        }
+                    }
                     Step::DropCursorLedger => {
                         let closed = list.cursor_log.iter().find(|listed| listed.state == ListedState::Closed);
                         if let Some(id) = closed.map(|listed| listed.id) { list.drop_cursor_ledger(id); }
@@ -419,7 +555,7 @@ mod tests {
         }
         assert!(list.data.len() > 1_000, "{}", list.data.len());
         while list.encode().is_ok() {
-            list.data.push(list.data[0]);
+            list.data.push(list.data[0].clone());
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Loading a segment that was taken over: the cursor log, then the deduplication window and the offset index (O4, C5, DD2).
 
+use std::sync::Arc;
+
 use geminga_proto::ids::{Offset, SegmentId};
 
 use crate::{
@@ -29,7 +31,7 @@ pub(crate) async fn load(
     segment: SegmentId,
     taken: Taken,
 ) -> Result<ManagedLedger, LoadError> {
-    let view = View::new(ledgers.clone(), taken.list.clone());
+    let view = Arc::new(View::new(ledgers.clone(), segment, taken.list.clone()));
     let state = load_cursor_log(ledgers, &view, &taken.list).await?;
     let (window, replayed_bytes) = load_window(&view, &taken.list, &state).await?;
     tracing::info!(
@@ -42,7 +44,8 @@ pub(crate) async fn load(
         "segment loaded"
     );
     let current = Current { list: taken.list, revision: taken.revision };
-    let loaded = Loaded { current, window, replayed_bytes };
+    let dedup_next = Offset(state.dedup.next_offset);
+    let loaded = Loaded { current, window, replayed_bytes, dedup_next };
     Ok(segment::start(ledgers.clone(), segment, view, state.cursors, loaded))
 }
 

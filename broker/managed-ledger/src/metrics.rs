@@ -30,6 +30,26 @@ pub struct ManagedLedgerMetrics {
     pub snapshots: Counter,
     /// Cursor-log entries that could not be read and were skipped on load (C4): a human looks.
     pub damaged_cursor_entries: Counter,
+    /// Ledgers uploaded to cold storage and read back whole, and their bytes there.
+    pub uploads: Counter,
+    pub upload_bytes: Counter,
+    /// Uploads that failed; they are repeated.
+    pub upload_failures: Counter,
+    /// From the first read of a ledger to its last byte read back.
+    pub upload_duration: Histogram,
+    /// Ledgers deleted on bookies because cold storage has them.
+    pub offloaded_deletes: Counter,
+    /// Ledgers trimmed.
+    pub trimmed_ledgers: Counter,
+    /// Reads that went to cold storage, those of them because bookies could not answer, entries and bytes got there.
+    pub object_reads: Counter,
+    pub object_fallbacks: Counter,
+    pub object_entries: Counter,
+    pub object_read_bytes: Counter,
+    /// Blocks of objects that were not what they should be: a human looks.
+    pub object_damage: Counter,
+    /// Objects removed because no list names them.
+    pub objects_swept: Counter,
     /// Segments in service.
     pub segments: Gauge,
 }
@@ -49,6 +69,18 @@ impl Default for ManagedLedgerMetrics {
             settle_entries: Counter::default(),
             snapshots: Counter::default(),
             damaged_cursor_entries: Counter::default(),
+            uploads: Counter::default(),
+            upload_bytes: Counter::default(),
+            upload_failures: Counter::default(),
+            upload_duration: histogram(),
+            offloaded_deletes: Counter::default(),
+            trimmed_ledgers: Counter::default(),
+            object_reads: Counter::default(),
+            object_fallbacks: Counter::default(),
+            object_entries: Counter::default(),
+            object_read_bytes: Counter::default(),
+            object_damage: Counter::default(),
+            objects_swept: Counter::default(),
             segments: Gauge::default(),
         }
     }
@@ -74,6 +106,25 @@ impl ManagedLedgerMetrics {
             "Cursor-log entries skipped on load",
             &metrics.damaged_cursor_entries,
         );
+        counter("uploads", "Ledgers uploaded to cold storage", &metrics.uploads);
+        counter("upload_bytes", "Bytes uploaded to cold storage", &metrics.upload_bytes);
+        counter("upload_failures", "Uploads that failed", &metrics.upload_failures);
+        counter(
+            "offloaded_deletes",
+            "Ledgers deleted on bookies because cold storage has them",
+            &metrics.offloaded_deletes,
+        );
+        counter("trimmed_ledgers", "Ledgers trimmed", &metrics.trimmed_ledgers);
+        counter("object_reads", "Reads from cold storage", &metrics.object_reads);
+        counter(
+            "object_fallbacks",
+            "Reads from cold storage because bookies could not answer",
+            &metrics.object_fallbacks,
+        );
+        counter("object_entries", "Entries read from cold storage", &metrics.object_entries);
+        counter("object_read_bytes", "Bytes read from cold storage", &metrics.object_read_bytes);
+        counter("object_damage", "Damaged blocks in cold storage", &metrics.object_damage);
+        counter("objects_swept", "Objects removed that no list names", &metrics.objects_swept);
         registry.register(
             "geminga_managed_ledger_segments",
             "Segments in service",
@@ -82,6 +133,7 @@ impl ManagedLedgerMetrics {
         for (name, help, histogram) in [
             ("append_duration", "Append, from batch to acknowledgement", &metrics.append_duration),
             ("load_duration", "Takeover and load of a segment", &metrics.load_duration),
+            ("upload_duration", "Upload of a ledger to cold storage", &metrics.upload_duration),
         ] {
             let name = format!("geminga_managed_ledger_{name}");
             registry.register_with_unit(name, help, Unit::Seconds, histogram.clone());

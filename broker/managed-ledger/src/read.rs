@@ -1,22 +1,29 @@
-//! Reading by offset: which ledger, which entry; from memory, else from bookies. Runs beside the owner task, on a view of
-//! what is confirmed (RD2).
+//! Reading by offset: which ledger, which entry; from memory, else from bookies or objects (`read/place.rs`). Runs beside
+//! the owner task, on a view of what is confirmed (RD2).
 
-use std::{collections::BTreeMap, sync::Arc};
+mod place;
 
-use geminga_bookie_client::{
-    LedgerMetadata, LedgerState, LedgerWriter, ReadError as LedgerReadError,
-    bookie_rpc::EntryRange, entry::Entry,
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
-use geminga_metadata::keys;
-use geminga_proto::ids::{EntryId, LedgerId, Offset};
+
+use geminga_bookie_client::{LedgerMetadata, LedgerWriter, bookie_rpc::EntryRange, entry::Entry};
+use geminga_proto::ids::{EntryId, LedgerId, Offset, SegmentId};
 use parking_lot::Mutex;
+
+pub(crate) use place::Place;
 
 use crate::{
     entry_cache::{EntryCache, Taken},
     entry_header,
     error::ReadError,
     factory::ManagedLedgers,
-    list::{List, Listed, ListedState},
+    list::{List, Listed},
+    offload::Stage,
     types::StoredBatch,
 };
 
@@ -60,22 +67,27 @@ struct OpenLedger {
 #[derive(Debug)]
 pub(crate) struct View {
     ledgers: ManagedLedgers,
+    segment: SegmentId,
     pub(crate) cache: EntryCache,
     list: Mutex<Arc<List>>,
+    /// Everything below counts as gone: a trim was sent and did not conflict (M3). 0: none is under way.
+    floor: AtomicU64,
     open: Mutex<Option<OpenLedger>>,
     closed: Mutex<BTreeMap<LedgerId, Arc<LedgerMetadata>>>,
     index: Mutex<BTreeMap<LedgerId, LedgerIndex>>,
 }
 
 impl View {
-    pub(crate) fn new(ledgers: ManagedLedgers, list: List) -> Self {
+    pub(crate) fn new(ledgers: ManagedLedgers, segment: SegmentId, list: List) -> Self {
         let cache = EntryCache::new(
             ledgers.cache_bytes().clone(),
             ledgers.parts().config.segment_cache_bytes,
         );
         Self {
             cache,
+            segment,
             list: Mutex::new(Arc::new(list)),
+            floor: AtomicU64::new(0),
             open: Mutex::default(),
             closed: Mutex::default(),
             index: Mutex::default(),
@@ -92,6 +104,12 @@ impl View {
                 .filter(|old| writer.as_ref().is_some_and(|new| new.id() == old.writer.id()));
             *open = same.or(writer.map(|writer| OpenLedger { writer, last: None }));
         }
+        // Handles of ledgers that left bookies are closed: their objects are read from now on (X3).
+        let stages: BTreeMap<LedgerId, Option<Stage>> =
+            list.ledgers().map(|(_, listed)| (listed.id, listed.stage())).collect();
+        let deleted = Some(Stage::LedgerDeleted);
+        self.closed.lock().retain(|id, _| stages.get(id).is_some_and(|stage| *stage < deleted));
+        self.index.lock().retain(|id, _| stages.contains_key(id));
         *self.list.lock() = Arc::new(list.clone());
     }
 
@@ -101,6 +119,16 @@ impl View {
 
     pub(crate) fn list(&self) -> Arc<List> {
         self.list.lock().clone()
+    }
+
+    /// The first offset that can be counted on: below it nothing opens, seeks or plans (M3).
+    pub(crate) fn first_offset(&self) -> Offset {
+        self.list().first_offset.max(Offset(self.floor.load(Ordering::SeqCst)))
+    }
+
+    /// A trim up to here is being sent, or (0) has an end.
+    pub(crate) fn set_floor(&self, floor: Offset) {
+        self.floor.store(floor.0, Ordering::SeqCst);
     }
 
     /// The open data ledger's size, bytes.
@@ -150,12 +178,16 @@ impl View {
         let mut taken = Taken::new(from, bytes_max, messages_max);
         while taken.next() < end && !taken.is_full() {
             let list = self.list();
-            let Some(listed) = list.holding(taken.next()).copied() else { break };
+            let Some(listed) = list.holding(taken.next()) else { break };
             let before = taken.batches.len();
-            match self.read_ledger(&listed, &mut taken, end, bytes_max).await {
+            match self.read_ledger(listed, &mut taken, end, bytes_max).await {
                 Ok(()) if taken.batches.len() > before => {}
                 // What was read is good; whoever reads on from there hears of the rest.
-                Err(error) if taken.batches.is_empty() => return Err(error),
+                Err(error) if taken.batches.is_empty() => {
+                    // Trimmed while it was read.
+                    let first = self.list().first_offset;
+                    return Err(if from < first { ReadError::Trimmed { first } } else { error });
+                }
                 Ok(()) | Err(_) => break,
             }
         }
@@ -175,13 +207,13 @@ impl View {
         end: Offset,
         bytes_max: usize,
     ) -> Result<(), ReadError> {
-        let (metadata, last) = self.readable(listed).await?;
-        let Some(last) = last else { return Ok(()) };
-        let mut next = self.locate(&metadata, listed, last, taken.next()).await?;
+        let place = self.place_of(listed).await?;
+        let Some(last) = place.last() else { return Ok(()) };
+        let mut next = self.locate(&place, listed, last, taken.next()).await?;
         while next <= last && !taken.is_full() {
             let range = EntryRange { first: next, last };
             let budget = bytes_max.clamp(1, SCAN_BYTES);
-            let entries = self.entries(&metadata, range, budget).await?;
+            let entries = self.entries(&place, range, budget).await?;
             for entry in entries {
                 next = entry.id.next();
                 let Some(batch) = decode(listed.id, &entry)? else { continue };
@@ -200,81 +232,19 @@ impl View {
         Ok(())
     }
 
-    /// The metadata of a ledger and its last readable entry (RD1, RD2).
-    async fn readable(
-        &self,
-        listed: &Listed,
-    ) -> Result<(Arc<LedgerMetadata>, Option<EntryId>), ReadError> {
-        if listed.state != ListedState::Closed
-            && let Some(open) =
-                self.open.lock().as_ref().filter(|open| open.writer.id() == listed.id)
-        {
-            return Ok((Arc::new(open.writer.metadata().value), open.last));
-        }
-        let cached = self.closed.lock().get(&listed.id).cloned();
-        let metadata = match cached {
-            Some(metadata) => metadata,
-            None => self.fetch(listed.id).await?,
-        };
-        match metadata.state {
-            LedgerState::Closed { last, .. } => Ok((metadata, last)),
-            // A roll has landed in the store, or is about to; the list will follow.
-            _ => Err(ReadError::Unavailable(format!("ledger {} is being closed", listed.id))),
-        }
-    }
-
-    async fn fetch(&self, id: LedgerId) -> Result<Arc<LedgerMetadata>, ReadError> {
-        let unavailable =
-            |error: geminga_metadata::StoreError| ReadError::Unavailable(error.to_string());
-        let (_, found) =
-            self.ledgers.parts().store.get(&keys::ledger(id)).await.map_err(unavailable)?;
-        let damaged = |why: String| damaged(id, why);
-        let found = found.ok_or_else(|| damaged("it does not exist".to_owned()))?;
-        let metadata =
-            LedgerMetadata::from_key_value(&found).map_err(|error| damaged(error.to_string()))?;
-        let metadata = Arc::new(metadata.value);
-        if metadata.is_closed() {
-            self.closed.lock().insert(id, Arc::clone(&metadata));
-        }
-        Ok(metadata)
-    }
-
-    async fn entries(
-        &self,
-        metadata: &LedgerMetadata,
-        range: EntryRange,
-        bytes: usize,
-    ) -> Result<Vec<Entry>, ReadError> {
-        let reader = self.ledgers.parts().client.reader(metadata.id);
-        let entries = match reader.read(metadata, range, bytes).await {
-            // A replicator may have moved copies since the metadata was read.
-            Err(LedgerReadError::Damaged { .. } | LedgerReadError::Unavailable { .. })
-                if metadata.is_closed() && self.closed.lock().remove(&metadata.id).is_some() =>
-            {
-                let again = self.fetch(metadata.id).await?;
-                reader.read(&again, range, bytes).await
-            }
-            answer => answer,
-        };
-        entries.map_err(|error| match error {
-            // Deleted by who owns the segment now: that is no damage of ours to skip.
-            LedgerReadError::Unavailable { .. } | LedgerReadError::Trimmed { .. } => {
-                ReadError::Unavailable(error.to_string())
-            }
-            other => damaged(metadata.id, other.to_string()),
-        })
-    }
-
     /// An entry at or before the one that holds `offset`: by the index, else by halving the ledger.
     async fn locate(
         &self,
-        metadata: &LedgerMetadata,
+        place: &Place,
         listed: &Listed,
         last: EntryId,
         offset: Offset,
     ) -> Result<EntryId, ReadError> {
         if offset <= listed.base_offset {
             return Ok(EntryId(0));
+        }
+        if let Some(found) = self.locate_in_objects(place, offset).await {
+            return found;
         }
         let known = self.index.lock().get(&listed.id).and_then(|index| index.at_or_below(offset));
         let (mut low, mut high) = (known.unwrap_or(EntryId(0)).0, last.0);
@@ -290,7 +260,7 @@ impl View {
                 low + (high - low) / 2
             });
             let entries =
-                self.entries(metadata, EntryRange { first: middle, last: middle }, 1).await?;
+                self.entries(place, EntryRange { first: middle, last: middle }, 1).await?;
             let entry = entries
                 .first()
                 .ok_or_else(|| ReadError::Unavailable("an empty answer".to_owned()))?;
@@ -317,12 +287,12 @@ impl View {
         from: Offset,
         mut each: impl FnMut(StoredBatch),
     ) -> Result<(), ReadError> {
-        let (metadata, last) = self.readable(listed).await?;
-        let Some(last) = last else { return Ok(()) };
-        let mut next = self.locate(&metadata, listed, last, from).await?;
+        let place = self.place_of(listed).await?;
+        let Some(last) = place.last() else { return Ok(()) };
+        let mut next = self.locate(&place, listed, last, from).await?;
         while next <= last {
             let entries =
-                self.entries(&metadata, EntryRange { first: next, last }, SCAN_BYTES).await?;
+                self.entries(&place, EntryRange { first: next, last }, SCAN_BYTES).await?;
             for entry in entries {
                 next = entry.id.next();
                 if let Some(batch) = decode(listed.id, &entry)? {
@@ -342,11 +312,11 @@ impl View {
         listed: &Listed,
         mut each: impl FnMut(Option<&Entry>),
     ) -> Result<(), ReadError> {
-        let (metadata, last) = self.readable(listed).await?;
-        let Some(last) = last else { return Ok(()) };
+        let place = self.place_of(listed).await?;
+        let Some(last) = place.last() else { return Ok(()) };
         let mut next = EntryId(0);
         while next <= last {
-            match self.entries(&metadata, EntryRange { first: next, last }, SCAN_BYTES).await {
+            match self.entries(&place, EntryRange { first: next, last }, SCAN_BYTES).await {
                 Ok(entries) => {
                     for entry in entries {
                         next = entry.id.next();
@@ -369,19 +339,32 @@ impl View {
         Ok(())
     }
 
-    /// The open cursor-log ledger's first entries as they can be read back (C4).
+    /// Entries of the open cursor-log ledger as they can be read back (C4).
     pub(crate) async fn read_back(
         &self,
         writer: &LedgerWriter,
-        last: EntryId,
+        range: EntryRange,
     ) -> Result<Vec<Entry>, ReadError> {
-        let metadata = writer.metadata().value;
+        let place = Place::on_bookies(Arc::new(writer.metadata().value), Some(range.last));
+        self.read_range(&place, range).await
+    }
+
+    /// Entries of a closed cursor-log ledger as they can be read back.
+    pub(crate) async fn read_back_closed(
+        &self,
+        listed: &Listed,
+        range: EntryRange,
+    ) -> Result<Vec<Entry>, ReadError> {
+        let place = self.place_of(listed).await?;
+        self.read_range(&place, range).await
+    }
+
+    async fn read_range(&self, place: &Place, range: EntryRange) -> Result<Vec<Entry>, ReadError> {
         let mut entries = Vec::new();
-        let mut next = EntryId(0);
-        while next <= last {
-            for entry in
-                self.entries(&metadata, EntryRange { first: next, last }, SCAN_BYTES).await?
-            {
+        let mut next = range.first;
+        while next <= range.last {
+            let range = EntryRange { first: next, last: range.last };
+            for entry in self.entries(place, range, SCAN_BYTES).await? {
                 next = entry.id.next();
                 entries.push(entry);
             }

@@ -341,6 +341,10 @@ impl ManagedLedgers {
             let Some(found) = found else { continue };
             let current = LedgerMetadata::from_key_value(&found)
                 .map_err(|e| LoadError::Damaged(e.to_string()))?;
+            // Its objects are the only copy: the janitor's, once no list names them (X4).
+            if matches!(current.value.state, LedgerState::Deleted { .. }) {
+                continue;
+            }
             let Some(deleted) = current.value.deleted(Nonce(self.parts().random.uuid())) else {
                 return Err(not_ready(format!("ledger {} is not closed", current.value.id)));
             };

@@ -8,8 +8,13 @@ use std::{
 
 use bytes::Bytes;
 use geminga_metadata::{Key, Revision};
-use geminga_proto::{ids::Offset, names::ProducerName, storage::v1::EntryHeader, v1::RecordIndex};
-use geminga_runtime::budget::Permit;
+use geminga_proto::{
+    ids::{LedgerId, Offset},
+    names::ProducerName,
+    storage::v1::EntryHeader,
+    v1::RecordIndex,
+};
+use geminga_runtime::{budget::Permit, telemetry::TraceContext};
 use tokio::sync::oneshot;
 
 use crate::dedup::ProducerId;
@@ -77,6 +82,10 @@ pub struct PublishBatch {
     pub uncompressed_size: u32,
     pub index: RecordIndex,
     pub payload: Bytes,
+    /// W3C traceparent of the send, stored with the batch; empty: the trace is not recorded.
+    pub traceparent: String,
+    /// The span that the adds of this batch are below.
+    pub trace: Option<TraceContext>,
     /// The payload's bytes in the caller's budget; given back at the outcome.
     pub permit: Permit,
 }
@@ -134,6 +143,34 @@ pub struct Stats {
     pub next_offset: Offset,
     pub ledgers: usize,
     pub stored_bytes: u64,
+}
+
+/// Where a segment's closed ledgers are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TierStatus {
+    pub ledgers: u32,
+    pub ledgers_uploading: u32,
+    /// In both tiers.
+    pub ledgers_uploaded: u32,
+    pub ledgers_object_only: u32,
+    /// Payload bytes of closed ledgers on bookies.
+    pub bytes_bookies: u64,
+    /// Bytes in cold storage.
+    pub bytes_objects: u64,
+    pub first_offset: Offset,
+    pub next_offset: Offset,
+    /// Of the last step that failed; empty when the last one did not.
+    pub last_error: String,
+}
+
+/// A step of an offload or a verification.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TierProgress {
+    pub ledger: LedgerId,
+    pub bytes_done: u64,
+    pub bytes_total: u64,
+    /// What is wrong with this ledger or object; the walk goes on. Empty: nothing.
+    pub problem: String,
 }
 
 /// The outcome of a publish or a settle. Dropping it abandons the answer, not the request.

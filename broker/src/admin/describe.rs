@@ -1,7 +1,14 @@
 //! What the catalog and the segments know, in the words of the admin API.
 
+use std::time::Duration;
+
+use geminga_managed_ledger::TierPolicy;
 use geminga_proto::{
-    admin::v1::{CursorState, Namespace, SegmentState, Subscription, Tenant, Topic},
+    admin::v1::{
+        CursorState, Namespace, Policies, SegmentState, SegmentTier, Subscription, Tenant, Topic,
+    },
+    ids::SubscriptionId,
+    internal::v1::segment_request::{Describe, Verb},
     v1::SubscriptionStart,
 };
 
@@ -9,6 +16,7 @@ use crate::{
     catalog::{self, Start},
     context::Context,
     ownership::Segment,
+    relay,
 };
 
 pub(super) fn tenant(tenant: &catalog::Tenant, namespaces: Option<usize>) -> Tenant {
@@ -42,16 +50,17 @@ pub(super) fn topic(topic: &catalog::Topic) -> Topic {
     }
 }
 
-/// With the state of every segment; one that is not loaded here is not loaded for the question.
-pub(super) fn topic_with_segments(context: &Context, found: &catalog::Topic) -> Topic {
-    let segments = found.segment_ids().map(|id| match context.ownership.loaded(id) {
-        Some(segment) => segment_state(&segment),
-        None => SegmentState { segment: id.segment, ..SegmentState::default() },
+/// With the state of every segment, by its owner; one that nobody has loaded is not loaded for the question.
+pub(super) async fn topic_with_segments(context: &Context, found: &catalog::Topic) -> Topic {
+    let states = found.segment_ids().map(|id| async move {
+        let reply = relay::ask_if_claimed(context, id, Verb::Describe(Describe {})).await;
+        let unknown = SegmentState { segment: id.segment, ..SegmentState::default() };
+        reply.and_then(|reply| reply.state).unwrap_or(unknown)
     });
-    Topic { segments: segments.collect(), ..topic(found) }
+    Topic { segments: futures::future::join_all(states).await, ..topic(found) }
 }
 
-fn segment_state(segment: &Segment) -> SegmentState {
+pub(crate) fn segment_state(segment: &Segment) -> SegmentState {
     let stats = segment.ledger().stats();
     SegmentState {
         segment: segment.id().segment,
@@ -83,13 +92,42 @@ pub(super) fn subscription(
 }
 
 /// The cursor of a subscription on a loaded segment.
-pub(super) fn cursor(segment: &Segment, found: &catalog::Subscription) -> Option<CursorState> {
-    let cursor = segment.ledger().cursor(found.id)?;
+/// Where the closed ledgers of a segment that is here lie.
+pub(crate) fn tier(segment: &Segment) -> SegmentTier {
+    let status = segment.ledger().tier_status();
+    SegmentTier {
+        segment: segment.id().segment,
+        ledgers: status.ledgers,
+        ledgers_uploading: status.ledgers_uploading,
+        ledgers_uploaded: status.ledgers_uploaded,
+        ledgers_object_only: status.ledgers_object_only,
+        bytes_bookies: status.bytes_bookies,
+        bytes_objects: status.bytes_objects,
+        first_offset: status.first_offset.0,
+        next_offset: status.next_offset.0,
+        last_error: status.last_error,
+        in_force: segment.ledger().policy().map(|policy| in_force(&policy)),
+    }
+}
+
+fn in_force(policy: &TierPolicy) -> Policies {
+    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    Policies {
+        offload_after_ms: policy.offload_after.map(millis),
+        offload_above_bytes: policy.offload_above_bytes,
+        delete_lag_ms: Some(millis(policy.delete_lag)),
+        retention_ms: policy.retention_ms,
+        retention_bytes: policy.retention_bytes,
+    }
+}
+
+pub(crate) fn cursor(segment: &Segment, subscription: SubscriptionId) -> Option<CursorState> {
+    let cursor = segment.ledger().cursor(subscription)?;
     Some(CursorState {
         segment: segment.id().segment,
         mark_delete_next: cursor.mark_delete_next.0,
         backlog_messages: cursor.backlog,
         holes: u32::try_from(cursor.holes.len()).unwrap_or(u32::MAX),
-        consumer: segment.consumers().name(found.id),
+        consumer: segment.consumers().name(subscription),
     })
 }

@@ -1,6 +1,11 @@
-//! The gRPC service `Admin`: tenants, namespaces, topics and subscriptions.
+//! The gRPC service `Admin`: tenants, namespaces, topics and subscriptions; the cluster, policies and tiers.
 
-mod describe;
+mod bookies;
+mod cluster;
+pub(crate) mod describe;
+mod ledgers;
+mod policies;
 mod service;
+mod tier;
 
 pub(crate) use service::AdminService;

@@ -2,25 +2,32 @@
 
 use geminga_proto::{
     admin::v1::{
-        CreateNamespaceRequest, CreateSubscriptionRequest, CreateTenantRequest, CreateTopicRequest,
-        DeleteNamespaceRequest, DeleteNamespaceResponse, DeleteSubscriptionRequest,
-        DeleteSubscriptionResponse, DeleteTenantRequest, DeleteTenantResponse, DeleteTopicRequest,
-        DeleteTopicResponse, DescribeNamespaceRequest, DescribeSubscriptionRequest,
-        DescribeTenantRequest, DescribeTopicRequest, ListNamespacesRequest, ListNamespacesResponse,
+        Cluster, CreateNamespaceRequest, CreateSubscriptionRequest, CreateTenantRequest,
+        CreateTopicRequest, DeleteNamespaceRequest, DeleteNamespaceResponse,
+        DeleteSubscriptionRequest, DeleteSubscriptionResponse, DeleteTenantRequest,
+        DeleteTenantResponse, DeleteTopicRequest, DeleteTopicResponse, DescribeClusterRequest,
+        DescribeLedgerRequest, DescribeNamespaceRequest, DescribeSubscriptionRequest,
+        DescribeTenantRequest, DescribeTopicRequest, DrainBookieRequest, DrainBookieResponse,
+        DrainBrokerRequest, DrainBrokerResponse, GetPoliciesRequest, Ledger, ListBookiesRequest,
+        ListBookiesResponse, ListBrokersRequest, ListBrokersResponse, ListLedgersRequest,
+        ListLedgersResponse, ListNamespacesRequest, ListNamespacesResponse,
         ListSubscriptionsRequest, ListSubscriptionsResponse, ListTenantsRequest,
-        ListTenantsResponse, ListTopicsRequest, ListTopicsResponse, Namespace, Subscription,
-        Tenant, Topic, admin_server::Admin,
+        ListTenantsResponse, ListTopicsRequest, ListTopicsResponse, LocateTopicRequest,
+        LocateTopicResponse, Namespace, OffloadTopicRequest, PoliciesResponse, SetPoliciesRequest,
+        Subscription, Tenant, TierStatusRequest, TierStatusResponse, Topic, VerifyTierRequest,
+        admin_server::Admin,
     },
+    internal::v1::segment_request::{DescribeCursor, OffloadTier, Verb, VerifyTier},
     names::{NamespaceName, SubscriptionName, TenantName, TopicName},
     reason::Reason,
 };
 use tokio::time::timeout;
 use tonic::{Request, Response, Status};
 
-use super::describe;
+use super::{bookies, cluster, describe, ledgers, policies, tier};
 use crate::{
     auth::Authorized, catalog::PageRequest, context::Shared, errors::Refusal, lifecycle,
-    listener::Connection, subscription::start_of,
+    listener::Connection, relay, subscription::start_of,
 };
 
 /// The service.
@@ -197,7 +204,7 @@ impl Admin for AdminService {
     ) -> Result<Response<Topic>, Status> {
         self.call(request, |s, r| async move {
             let topic = s.catalog.topic(&TopicName::parse(&r.name)?).await?;
-            Ok(describe::topic_with_segments(&s, &topic))
+            Ok(describe::topic_with_segments(&s, &topic).await)
         })
         .await
     }
@@ -254,8 +261,8 @@ impl Admin for AdminService {
             let found = s.catalog.subscription(&topic, &SubscriptionName::parse(&r.name)?).await?;
             let mut described = describe::subscription(&topic, &found);
             for id in topic.segment_ids() {
-                let segment = s.ownership.segment(id).await?;
-                described.cursors.extend(describe::cursor(&segment, &found));
+                let verb = Verb::DescribeCursor(DescribeCursor { subscription: found.id.0 });
+                described.cursors.extend(relay::ask(&s, id, verb).await?.cursor);
             }
             Ok(described)
         })
@@ -272,5 +279,108 @@ impl Admin for AdminService {
             Ok(DeleteSubscriptionResponse {})
         })
         .await
+    }
+
+    async fn describe_cluster(
+        &self,
+        request: Request<DescribeClusterRequest>,
+    ) -> Result<Response<Cluster>, Status> {
+        self.call(request, |s, _r| async move { cluster::describe(&s).await }).await
+    }
+
+    async fn list_brokers(
+        &self,
+        request: Request<ListBrokersRequest>,
+    ) -> Result<Response<ListBrokersResponse>, Status> {
+        self.call(request, |s, _r| async move { cluster::list_brokers(&s).await }).await
+    }
+
+    async fn drain_broker(
+        &self,
+        request: Request<DrainBrokerRequest>,
+    ) -> Result<Response<DrainBrokerResponse>, Status> {
+        self.call(request, |s, r| async move { cluster::drain_broker(&s, &r).await }).await
+    }
+
+    async fn list_bookies(
+        &self,
+        request: Request<ListBookiesRequest>,
+    ) -> Result<Response<ListBookiesResponse>, Status> {
+        self.call(request, |s, _r| async move { bookies::list(&s).await }).await
+    }
+
+    async fn drain_bookie(
+        &self,
+        request: Request<DrainBookieRequest>,
+    ) -> Result<Response<DrainBookieResponse>, Status> {
+        self.call(request, |s, r| async move { bookies::drain(&s, &r).await }).await
+    }
+
+    async fn locate_topic(
+        &self,
+        request: Request<LocateTopicRequest>,
+    ) -> Result<Response<LocateTopicResponse>, Status> {
+        self.call(request, |s, r| async move { cluster::locate(&s, &r).await }).await
+    }
+
+    async fn list_ledgers(
+        &self,
+        request: Request<ListLedgersRequest>,
+    ) -> Result<Response<ListLedgersResponse>, Status> {
+        self.call(request, |s, r| async move { ledgers::list(&s, &r).await }).await
+    }
+
+    async fn describe_ledger(
+        &self,
+        request: Request<DescribeLedgerRequest>,
+    ) -> Result<Response<Ledger>, Status> {
+        self.call(request, |s, r| async move { ledgers::describe(&s, &r).await }).await
+    }
+
+    async fn get_policies(
+        &self,
+        request: Request<GetPoliciesRequest>,
+    ) -> Result<Response<PoliciesResponse>, Status> {
+        self.call(request, |s, r| async move { policies::get(&s, &r).await }).await
+    }
+
+    async fn set_policies(
+        &self,
+        request: Request<SetPoliciesRequest>,
+    ) -> Result<Response<PoliciesResponse>, Status> {
+        self.call(request, |s, r| async move { policies::set(&s, &r).await }).await
+    }
+
+    async fn tier_status(
+        &self,
+        request: Request<TierStatusRequest>,
+    ) -> Result<Response<TierStatusResponse>, Status> {
+        self.call(request, |s, r| async move { tier::status(&s, &r).await }).await
+    }
+
+    type OffloadTopicStream = relay::Steps;
+
+    async fn offload_topic(
+        &self,
+        request: Request<OffloadTopicRequest>,
+    ) -> Result<Response<Self::OffloadTopicStream>, Status> {
+        let connection = Connection::of(&request, &self.0.config.limits);
+        let request = request.into_inner();
+        let verb = Verb::OffloadTier(OffloadTier { roll: request.roll });
+        let steps = tier::walk(&self.0, &connection, &request, &request.topic, verb).await;
+        steps.map(Response::new).map_err(|refusal| self.0.refused(refusal))
+    }
+
+    type VerifyTierStream = relay::Steps;
+
+    async fn verify_tier(
+        &self,
+        request: Request<VerifyTierRequest>,
+    ) -> Result<Response<Self::VerifyTierStream>, Status> {
+        let connection = Connection::of(&request, &self.0.config.limits);
+        let request = request.into_inner();
+        let verb = Verb::VerifyTier(VerifyTier {});
+        let steps = tier::walk(&self.0, &connection, &request, &request.topic, verb).await;
+        steps.map(Response::new).map_err(|refusal| self.0.refused(refusal))
     }
 }

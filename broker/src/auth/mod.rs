@@ -25,6 +25,14 @@ pub enum Principal {
     Broker,
 }
 
+impl Principal {
+    /// The principal that a relayed request names. A broker acts for itself on its own connection, never through a relay.
+    #[must_use]
+    pub fn relayed_name(name: &str) -> Option<Self> {
+        (name == Self::Anonymous.to_string()).then_some(Self::Anonymous)
+    }
+}
+
 impl fmt::Display for Principal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -44,6 +52,12 @@ pub enum Action {
     List,
     Describe,
     Delete,
+    /// Change the policies of it.
+    Configure,
+    /// Drain it, or start work on it.
+    Operate,
+    /// Act as a broker of the cluster: ask owners about segments, pass requests on for others. Grants nothing else (S2).
+    Serve,
 }
 
 /// What it is done to.
@@ -100,7 +114,23 @@ impl Gate {
     /// # Errors
     /// INVALID_NAME for names that cannot exist, PERMISSION_DENIED with the missing permission.
     pub fn check<R: Authorized>(&self, principal: &Principal, request: &R) -> Result<(), Refusal> {
-        for (action, resource) in request.needs()? {
+        self.check_all(principal, request.needs()?)
+    }
+
+    /// Whether a connection may carry requests for others (S2).
+    ///
+    /// # Errors
+    /// PERMISSION_DENIED.
+    pub fn check_relay(&self, caller: &Principal) -> Result<(), Refusal> {
+        self.check_all(caller, vec![(Action::Serve, Resource::Cluster)])
+    }
+
+    fn check_all(
+        &self,
+        principal: &Principal,
+        needs: Vec<(Action, Resource)>,
+    ) -> Result<(), Refusal> {
+        for (action, resource) in needs {
             if !self.0.allows(principal, action, &resource) {
                 let message = format!("{principal} may not {action:?} on {resource}");
                 return Err(Refusal::new(Reason::PermissionDenied, message)

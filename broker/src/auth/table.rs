@@ -5,10 +5,14 @@ use geminga_proto::{
     admin::v1::{
         CreateNamespaceRequest, CreateSubscriptionRequest, CreateTenantRequest, CreateTopicRequest,
         DeleteNamespaceRequest, DeleteSubscriptionRequest, DeleteTenantRequest, DeleteTopicRequest,
-        DescribeNamespaceRequest, DescribeSubscriptionRequest, DescribeTenantRequest,
-        DescribeTopicRequest, ListNamespacesRequest, ListSubscriptionsRequest, ListTenantsRequest,
-        ListTopicsRequest,
+        DescribeClusterRequest, DescribeLedgerRequest, DescribeNamespaceRequest,
+        DescribeSubscriptionRequest, DescribeTenantRequest, DescribeTopicRequest,
+        DrainBookieRequest, DrainBrokerRequest, GetPoliciesRequest, ListBookiesRequest,
+        ListBrokersRequest, ListLedgersRequest, ListNamespacesRequest, ListSubscriptionsRequest,
+        ListTenantsRequest, ListTopicsRequest, LocateTopicRequest, OffloadTopicRequest,
+        SetPoliciesRequest, TierStatusRequest, VerifyTierRequest,
     },
+    internal::v1::SegmentRequest,
     names::{NamespaceName, SubscriptionName, TenantName, TopicName},
     v1::{OpenConsume, OpenPublish, PublishRequest, SettleRequest, WatchRequest},
 };
@@ -52,6 +56,15 @@ fn topic(name: &str) -> Result<Resource, Refusal> {
     Ok(Resource::Topic(TopicName::parse(name)?))
 }
 
+/// Empty, tenant/namespace, or tenant/namespace/topic.
+fn scope(name: &str) -> Result<Resource, Refusal> {
+    match name.matches('/').count() {
+        0 if name.is_empty() => Ok(cluster()),
+        2 => topic(name),
+        _ => namespace(name),
+    }
+}
+
 fn subscription(topic: &str, name: &str) -> Result<Resource, Refusal> {
     Ok(Resource::Subscription(TopicName::parse(topic)?, SubscriptionName::parse(name)?))
 }
@@ -76,6 +89,20 @@ table! {
     ListSubscriptionsRequest    => |r| List,     topic(&r.topic)?;
     DescribeSubscriptionRequest => |r| Describe, subscription(&r.topic, &r.name)?;
     DeleteSubscriptionRequest   => |r| Delete,   topic(&r.topic)?;
+    DescribeClusterRequest      => |_r| Describe, cluster();
+    ListBrokersRequest          => |_r| List,    cluster();
+    DrainBrokerRequest          => |_r| Operate, cluster();
+    ListBookiesRequest          => |_r| List,    cluster();
+    DrainBookieRequest          => |_r| Operate, cluster();
+    LocateTopicRequest          => |r| Lookup,   topic(&r.name)?;
+    ListLedgersRequest          => |r| List,     if r.topic.is_empty() { cluster() } else { topic(&r.topic)? };
+    DescribeLedgerRequest       => |_r| Describe, cluster();
+    GetPoliciesRequest          => |r| Describe, scope(&r.scope)?;
+    SetPoliciesRequest          => |r| Configure, scope(&r.scope)?;
+    TierStatusRequest           => |r| Describe, topic(&r.topic)?;
+    OffloadTopicRequest         => |r| Operate,  topic(&r.topic)?;
+    VerifyTierRequest           => |r| Operate,  topic(&r.topic)?;
+    SegmentRequest              => |_r| Serve,   cluster();
 }
 
 impl Authorized for OpenConsume {

@@ -6,6 +6,7 @@
 //!
 //! What it does not know: cursors, owners, ledgers. Those steps of a life cycle are in [`crate::lifecycle`].
 
+mod policies;
 mod records;
 mod subscriptions;
 mod tenants;
@@ -15,7 +16,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use geminga_metadata::{
-    Cluster, Committed, Key, KeyValue, Op, RangeRequest, Revision, SharedStore, Txn, commit, keys,
+    Cluster, Committed, Key, KeyValue, Op, RangeRequest, Revision, SharedStore, Standing, Txn,
+    commit, keys,
 };
 use geminga_proto::{ids::SegmentId, reason::Reason};
 use geminga_runtime::clock::SharedClock;
@@ -24,6 +26,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::errors::Refusal;
 
+pub(crate) use policies::TOPICS_PER_READ;
+pub use policies::{BUILT_IN, Effective, FIELDS, PolicyChange, Scope};
 pub use records::Record;
 pub use subscriptions::{Start, State, Subscription};
 pub use tenants::{Namespace, Tenant};
@@ -49,6 +53,7 @@ pub struct Catalog {
     cluster: Cluster,
     initial_list: fn(SegmentId) -> Op,
     cancel: CancellationToken,
+    standing: Standing,
 }
 
 /// One page of a listing.
@@ -79,7 +84,26 @@ impl Catalog {
         initial_list: fn(SegmentId) -> Op,
         cancel: CancellationToken,
     ) -> Self {
-        Self { store, clock, cluster, initial_list, cancel }
+        Self { store, clock, cluster, initial_list, cancel, standing: Standing::always() }
+    }
+
+    /// Nothing is changed while these claims are provisional (O3).
+    #[must_use]
+    pub fn under(mut self, standing: Standing) -> Self {
+        self.standing = standing;
+        self
+    }
+
+    /// The cluster as it was when the broker started.
+    #[must_use]
+    pub fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
+    /// Now, milliseconds since the Unix epoch.
+    #[must_use]
+    pub fn now_ms(&self) -> u64 {
+        self.clock.now().0
     }
 
     /// Bundles of the cluster (section 11).
@@ -123,7 +147,10 @@ impl Catalog {
 
     /// True when the transaction stands, false when a condition did not hold (which may be its own effect: the caller
     /// reads again and judges what it finds).
-    async fn commit(&self, txn: &Txn) -> Result<bool, Refusal> {
+    pub(crate) async fn commit(&self, txn: &Txn) -> Result<bool, Refusal> {
+        if !self.standing.confirmed() {
+            return Err(crate::ownership::provisional());
+        }
         match timeout(COMMIT_DEADLINE, commit(&self.store, txn, &self.cancel)).await {
             Ok(Committed::Done(_)) => Ok(true),
             Ok(Committed::Conflict { .. }) => Ok(false),

@@ -2,7 +2,8 @@
 
 use geminga_metadata::{Key, KeyValue};
 use geminga_proto::storage::v1::{
-    Broker, Claim, NamespaceValue, SubscriptionValue, TenantValue, TopicName, TopicValue,
+    Available, Broker, Claim, Cookie, Draining, ListValue, NamespaceValue, SubscriptionValue,
+    TenantValue, TopicName, TopicValue,
 };
 use prost::Message;
 
@@ -54,4 +55,16 @@ macro_rules! records {
     };
 }
 
-records!(TenantValue, NamespaceValue, TopicName, TopicValue, SubscriptionValue, Broker, Claim);
+records!(
+    TenantValue,
+    NamespaceValue,
+    TopicName,
+    TopicValue,
+    SubscriptionValue,
+    Broker,
+    Claim,
+    Draining,
+    Available,
+    Cookie,
+    ListValue
+);

@@ -7,7 +7,7 @@ use geminga_metadata::{
 use geminga_proto::{
     names::{NamespaceName, TenantName},
     reason::Reason,
-    storage::v1::{NamespaceValue, TenantValue},
+    storage::v1::{NamespaceValue, Policies, TenantValue},
 };
 
 use super::{
@@ -30,6 +30,8 @@ pub struct Namespace {
     pub created_at_ms: u64,
     /// A missing topic is created on first use.
     pub auto_create_topics: bool,
+    /// Set at the namespace itself.
+    pub policies: Option<Policies>,
 }
 
 impl Catalog {
@@ -147,6 +149,7 @@ impl Catalog {
                 format: FORMAT,
                 created_at_ms: self.clock.now().0,
                 auto_create_topics: auto_create_topics.unwrap_or(false),
+                policies: None,
             };
             let (_, txn) = self.next_id(TENANTS).await?;
             let txn = txn
@@ -245,6 +248,7 @@ impl Namespace {
             name: name.clone(),
             created_at_ms: value.created_at_ms,
             auto_create_topics: value.auto_create_topics,
+            policies: value.policies,
         }
     }
 }

@@ -9,7 +9,7 @@ use geminga_proto::{
     key_hash::equal_ranges,
     names::{NamespaceName, TopicName},
     reason::Reason,
-    storage::v1::{self as storage, TopicValue, topic_value},
+    storage::v1::{self as storage, Policies, TopicValue, topic_value},
     v1::{KeyRange, Layout, SegmentInfo},
 };
 
@@ -20,7 +20,7 @@ use super::{
 use crate::errors::Refusal;
 
 /// A topic as stored.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Topic {
     pub id: TopicId,
     pub name: TopicName,
@@ -30,6 +30,8 @@ pub struct Topic {
     pub created_at_ms: u64,
     /// Its deletion has begun; it is no longer found by clients.
     pub deleting: bool,
+    /// Set at the topic itself.
+    pub policies: Option<Policies>,
     /// The revision it was read at.
     pub revision: Revision,
 }
@@ -107,6 +109,7 @@ impl Topic {
             segments,
             created_at_ms,
             deleting: value.deleting,
+            policies: value.policies,
             revision,
         })
     }
@@ -123,6 +126,7 @@ impl Topic {
                 .collect(),
             created_at_ms: self.created_at_ms,
             deleting: self.deleting,
+            policies: self.policies,
         }
     }
 }
@@ -151,6 +155,7 @@ impl Catalog {
                     .collect(),
                 created_at_ms: self.clock.now().0,
                 deleting: false,
+                policies: None,
                 revision: Revision(0),
             };
             let mut txn = txn

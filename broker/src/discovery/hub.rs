@@ -1,31 +1,25 @@
-//! A mirror in memory of `topics/`, `owners/`, and what is half done of `subs/`, kept by three watches: thousands of clients
-//! cost the store three.
-//!
-//! A hint only (MD2): whoever decides reads the store. After a cut the watch resumes behind what was seen; after a
-//! compaction the range is read again.
+//! A mirror in memory of `topics/`, and of what is half done of `subs/`, kept by two watches: thousands of clients cost the
+//! store two. A hint only (MD2): whoever decides reads the store. Who owns what is in `ownership/members.rs`.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use geminga_metadata::{
-    Change, Key, KeyValue, RangeRequest, Revision, SharedStore, WatchError,
+    Change, Key, KeyValue, Revision, SharedStore,
     keys::{self, ParsedKey},
 };
 use geminga_proto::{
-    ids::{Bundle, TopicId},
+    ids::TopicId,
     names::{SubscriptionName, TopicName},
-    storage::v1::{Claim, SubscriptionValue, TopicValue},
+    storage::v1::{SubscriptionValue, TopicValue},
 };
 use geminga_runtime::tasks::Tasks;
 use parking_lot::Mutex;
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep},
+use tokio::{sync::watch, time::Instant};
+
+use crate::{
+    catalog::{Record, State, Topic},
+    mirror::{self, Seen},
 };
-
-use crate::catalog::{Record, State, Topic};
-
-/// Pause before the store is asked again.
-const RETRY: Duration = Duration::from_millis(200);
 
 /// The mirror. Clones share it.
 #[derive(Clone, Debug)]
@@ -38,7 +32,6 @@ pub(crate) struct Hub {
 struct Mirror {
     topics: BTreeMap<TopicId, Topic>,
     names: BTreeMap<TopicName, TopicId>,
-    owners: BTreeMap<Bundle, String>,
     /// Subscriptions being created or deleted (C6).
     unsettled: BTreeMap<(TopicId, SubscriptionName), Unsettled>,
 }
@@ -54,11 +47,8 @@ impl Hub {
     /// Starts to follow the store.
     pub(crate) fn start(store: &SharedStore, tasks: &Tasks) -> Self {
         let hub = Self { mirror: Arc::default(), version: watch::Sender::new(0) };
-        let watched = [
-            ("topic watch", keys::topics()),
-            ("owner watch", keys::owners()),
-            ("subscription watch", keys::subscriptions()),
-        ];
+        let watched =
+            [("topic watch", keys::topics()), ("subscription watch", keys::subscriptions())];
         for (name, prefix) in watched {
             tasks.spawn(name, hub.clone().follow(store.clone(), prefix));
         }
@@ -75,16 +65,16 @@ impl Hub {
         self.mirror.lock().topics.get(&id).cloned()
     }
 
+    /// When a topic was last changed, as last seen.
+    pub(crate) fn revision(&self, id: TopicId) -> Option<Revision> {
+        self.mirror.lock().topics.get(&id).map(|topic| topic.revision)
+    }
+
     /// A topic as last seen, by its name.
     pub(crate) fn topic_named(&self, name: &TopicName) -> Option<Topic> {
         let mirror = self.mirror.lock();
         let found = mirror.topics.get(mirror.names.get(name)?)?;
         (!found.deleting).then(|| found.clone())
-    }
-
-    /// The address of a bundle's owner as last seen.
-    pub(crate) fn owner(&self, bundle: Bundle) -> Option<String> {
-        self.mirror.lock().owners.get(&bundle).cloned()
     }
 
     /// Subscriptions whose creation or deletion stands half done for so long, as last seen.
@@ -95,92 +85,36 @@ impl Hub {
     }
 
     async fn follow(self, store: SharedStore, prefix: Key) {
-        loop {
-            let Some(revision) = self.reread(&store, &prefix).await else {
-                sleep(RETRY).await;
-                continue;
-            };
-            self.watch(&store, &prefix, revision).await;
-        }
+        let range = prefix.clone();
+        mirror::follow(store, prefix, move |seen| self.apply(&range, seen)).await;
     }
 
-    /// Replaces everything below the prefix by what stands; none when the store does not answer.
-    async fn reread(&self, store: &SharedStore, prefix: &Key) -> Option<Revision> {
-        let (mut all, mut after, mut at) = (Vec::new(), None, None);
-        let revision = loop {
-            let request = RangeRequest { prefix: prefix.clone(), after, limit: 1_000, at };
-            let page = store.range(request).await.ok()?;
-            at = Some(page.revision);
-            after = page.items.last().map(|item| item.key.clone());
-            all.extend(page.items);
-            if !page.more {
-                break page.revision;
-            }
-        };
+    fn apply(&self, prefix: &Key, seen: Seen<'_>) {
         let mut mirror = self.mirror.lock();
-        if *prefix == keys::topics() {
-            mirror.topics.clear();
-            mirror.names.clear();
-        } else if *prefix == keys::owners() {
-            mirror.owners.clear();
-        } else {
-            mirror.unsettled.clear();
+        match seen {
+            Seen::All(all) => {
+                if *prefix == keys::topics() {
+                    mirror.topics.clear();
+                    mirror.names.clear();
+                } else {
+                    mirror.unsettled.clear();
+                }
+                all.iter().for_each(|item| mirror.put(item));
+            }
+            Seen::Changes(changes) => {
+                for change in changes {
+                    match change {
+                        Change::Put(item) => mirror.put(item),
+                        Change::Deleted { key, .. } => mirror.delete(key),
+                    }
+                }
+            }
         }
-        all.iter().for_each(|item| mirror.put(item));
         drop(mirror);
-        self.tell(prefix);
-        Some(revision)
-    }
-
-    /// Wakes whoever shows what is below the prefix; nobody shows subscriptions.
-    fn tell(&self, prefix: &Key) {
-        if *prefix != keys::subscriptions() {
+        // Nobody shows subscriptions.
+        if *prefix == keys::topics() {
             self.version.send_modify(|version| *version += 1);
         }
-    }
-
-    /// Follows the changes after `seen` until history is lost.
-    async fn watch(&self, store: &SharedStore, prefix: &Key, mut seen: Revision) {
-        loop {
-            let mut watch = match store.watch(prefix, Revision(seen.0 + 1)).await {
-                Ok(watch) => watch,
-                Err(geminga_metadata::StoreError::Compacted(_)) => return,
-                Err(_) => {
-                    sleep(RETRY).await;
-                    continue;
-                }
-            };
-            loop {
-                match watch.next().await {
-                    Ok(changes) => {
-                        seen = self.apply(&changes).unwrap_or(seen);
-                        self.tell(prefix);
-                    }
-                    Err(WatchError::Compacted(_)) => return,
-                    Err(WatchError::Lost) => break,
-                }
-            }
-            sleep(RETRY).await;
-        }
-    }
-
-    fn apply(&self, changes: &[Change]) -> Option<Revision> {
-        let mut mirror = self.mirror.lock();
-        let mut seen = None;
-        for change in changes {
-            let revision = match change {
-                Change::Put(item) => {
-                    mirror.put(item);
-                    item.mod_revision
-                }
-                Change::Deleted { key, revision } => {
-                    mirror.delete(key);
-                    *revision
-                }
-            };
-            seen = seen.max(Some(revision));
-        }
-        seen
     }
 }
 
@@ -193,11 +127,6 @@ impl Mirror {
                 if let Ok(topic) = topic {
                     self.names.insert(topic.name.clone(), id);
                     self.topics.insert(id, topic);
-                }
-            }
-            Some(ParsedKey::Owner(bundle)) => {
-                if let Ok(claim) = Claim::decode_value(item) {
-                    self.owners.insert(bundle, claim.address);
                 }
             }
             Some(ParsedKey::Subscription(topic, name)) => self.put_subscription(topic, name, item),
@@ -228,7 +157,6 @@ impl Mirror {
                     self.names.remove(&topic.name);
                 }
             }
-            Some(ParsedKey::Owner(bundle)) => drop(self.owners.remove(&bundle)),
             Some(ParsedKey::Subscription(topic, name)) => {
                 self.unsettled.remove(&(topic, name));
             }

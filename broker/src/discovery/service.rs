@@ -3,7 +3,7 @@
 use geminga_proto::{
     names::TopicName,
     reason::Reason,
-    v1::{OwnerHint, WatchReply, WatchRequest, discovery_server::Discovery},
+    v1::{WatchReply, WatchRequest, discovery_server::Discovery},
 };
 use tonic::{Request, Response, Status};
 
@@ -64,11 +64,13 @@ async fn follow(
     outbox: &Outbox<WatchReply>,
 ) -> Result<(), Refusal> {
     let mut version = shared.hub.version();
+    let mut owners = shared.ownership.members().version();
     let mut told: Option<WatchReply> = None;
     // The mirror may lag behind the topic just read (or created); it counts once it has caught up.
     let read_at = topic.revision;
     loop {
         version.borrow_and_update();
+        owners.borrow_and_update();
         match shared.hub.topic(topic.id) {
             Some(seen) if seen.revision >= read_at => topic = seen,
             Some(_) => {}
@@ -98,6 +100,9 @@ async fn follow(
             changed = version.changed() => if changed.is_err() {
                 return Err(shutting_down());
             },
+            changed = owners.changed() => if changed.is_err() {
+                return Err(shutting_down());
+            },
         }
     }
 }
@@ -108,13 +113,7 @@ async fn gone(shared: &Shared, topic: &Topic) -> Result<bool, Refusal> {
 }
 
 fn reply(shared: &Shared, topic: &Topic) -> WatchReply {
-    let bundles = shared.catalog.bundles();
-    let owner = |id: geminga_proto::ids::SegmentId| match shared.hub.owner(id.bundle(bundles)) {
-        Some(address) => {
-            OwnerHint { segment: id.segment, address, layout_epoch: topic.layout_epoch }
-        }
-        None => shared.ownership.self_hint(id.segment, topic.layout_epoch),
-    };
+    let owner = |id| shared.ownership.hint(id, topic.layout_epoch);
     WatchReply {
         topic_id: topic.id.0,
         layout: Some(topic.layout()),

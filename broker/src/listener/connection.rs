@@ -29,7 +29,9 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
-use crate::{auth::Principal, config::Limits, errors::Refusal, metrics::Metrics};
+use crate::{
+    auth::Principal, config::Limits, errors::Refusal, metrics::Metrics, relay::RELAYED_FOR,
+};
 
 /// Bytes of the HTTP/2 preface: a peer that has sent so many speaks.
 const PREFACE_BYTES: usize = 24;
@@ -40,6 +42,16 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 #[derive(Clone, Debug)]
 pub struct Connection {
     inner: Arc<Inner>,
+    relayed: Relayed,
+}
+
+/// Whether the request was passed on by another broker, and for whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Relayed {
+    No,
+    For(Principal),
+    /// It names nobody that it could be for.
+    Unknown,
 }
 
 #[derive(Debug)]
@@ -63,6 +75,7 @@ impl Connection {
                 streams_max: limits.streams_per_connection_max,
                 bytes: ByteBudget::new(limits.connection_bytes_max),
             }),
+            relayed: Relayed::No,
         }
     }
 
@@ -70,7 +83,14 @@ impl Connection {
     #[must_use]
     pub fn of<T>(request: &tonic::Request<T>, limits: &Limits) -> Self {
         let unknown = || Self::new(SocketAddr::from(([0, 0, 0, 0], 0)), limits);
-        request.extensions().get::<Self>().cloned().unwrap_or_else(unknown)
+        let mut connection = request.extensions().get::<Self>().cloned().unwrap_or_else(unknown);
+        if let Some(name) = request.metadata().get(RELAYED_FOR) {
+            connection.relayed = match name.to_str().ok().and_then(Principal::relayed_name) {
+                Some(principal) => Relayed::For(principal),
+                None => Relayed::Unknown,
+            };
+        }
+        connection
     }
 
     /// Where it comes from.
@@ -79,10 +99,31 @@ impl Connection {
         self.inner.peer
     }
 
-    /// Who calls.
+    /// For whom the request is made: whoever calls, or the one that a relay names (S2).
     #[must_use]
     pub fn principal(&self) -> &Principal {
+        match &self.relayed {
+            Relayed::For(principal) => principal,
+            Relayed::No | Relayed::Unknown => &self.inner.principal,
+        }
+    }
+
+    /// Who calls.
+    #[must_use]
+    pub fn caller(&self) -> &Principal {
         &self.inner.principal
+    }
+
+    /// Whether another broker passed the request on: it is not passed on again (O6).
+    #[must_use]
+    pub fn is_relayed(&self) -> bool {
+        self.relayed != Relayed::No
+    }
+
+    /// Whether a relayed request says for whom.
+    #[must_use]
+    pub fn names_its_principal(&self) -> bool {
+        self.relayed != Relayed::Unknown
     }
 
     /// Bytes of batches it may have in flight.

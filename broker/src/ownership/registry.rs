@@ -14,7 +14,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// A segment that was served for so long begins its backoff anew.
 const STABLE: Duration = Duration::from_secs(10);
 
-type LoadResult = Option<Result<Arc<Segment>, Refusal>>;
+pub(super) type LoadResult = Option<Result<Arc<Segment>, Refusal>>;
 
 /// What the asker is to do.
 pub(super) enum Turn {
@@ -84,10 +84,10 @@ impl Registry {
         sender.send_replace(Some(result.clone()));
         match result {
             Ok(segment) => slot.state = State::Served { segment, since: Instant::now() },
+            // Nobody failed: the bundle was moved, or is to be asked for elsewhere.
+            Err(refusal) if refusal.reason == Reason::NotOwner => drop(slots.remove(&id)),
             Err(refusal) if refusal.retry_safe() => {
-                // Another owner is no failure: when it is gone the segment is wanted here at once.
-                let owned_elsewhere = refusal.reason == Reason::NotOwner;
-                slot.failures = if owned_elsewhere { 0 } else { slot.failures + 1 };
+                slot.failures += 1;
                 slot.state =
                     State::Resting { until: Instant::now() + backoff(slot.failures), refusal };
             }
@@ -125,6 +125,19 @@ impl Registry {
             Some(Slot { state: State::Served { segment, .. }, .. }) => Some(Arc::clone(segment)),
             _ => None,
         }
+    }
+
+    /// Loads that are under way, of the segments that `which` names.
+    pub(super) fn loading(
+        &self,
+        which: impl Fn(SegmentId) -> bool,
+    ) -> Vec<watch::Receiver<LoadResult>> {
+        let slots = self.slots.lock();
+        let loading = slots.iter().filter_map(|(id, slot)| match &slot.state {
+            State::Loading(sender) if which(*id) => Some(sender.subscribe()),
+            _ => None,
+        });
+        loading.collect()
     }
 
     pub(super) fn served(&self) -> Vec<Arc<Segment>> {
@@ -169,14 +182,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_segment_owned_elsewhere_is_asked_for_again_soon_however_often_it_was() {
+    async fn a_segment_owned_elsewhere_is_asked_for_again_at_once() {
         let registry = Registry::default();
         for _ in 0..12 {
             assert!(matches!(registry.ask(ID), Turn::Load(_)));
             registry.loaded_with(ID, Err(Refusal::new(Reason::NotOwner, "elsewhere")));
-            let Turn::Refused(refusal) = registry.ask(ID) else { panic!("it rests") };
-            assert_eq!(refusal.retry_after, Some(BACKOFF_MIN));
-            tokio::time::advance(BACKOFF_MIN).await;
         }
     }
 

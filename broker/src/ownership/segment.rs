@@ -1,15 +1,16 @@
 //! A segment in service: its log, the topic it belongs to, and who consumes it.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use geminga_managed_ledger::{ManagedLedger, Status};
 use geminga_proto::{
     ids::{Epoch, SegmentId, SubscriptionId},
     names::{SubscriptionName, TopicName},
     reason::Reason,
+    v1::OwnerHint,
 };
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     errors::Refusal,
@@ -27,6 +28,27 @@ pub struct Segment {
     subscriptions: Mutex<BTreeMap<SubscriptionId, SubscriptionName>>,
     anonymous: Anonymous,
     ended: watch::Sender<Option<Refusal>>,
+    /// Streams on it.
+    streams: watch::Sender<usize>,
+    moving: watch::Sender<Option<Moving>>,
+}
+
+/// A segment on its way to another broker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Moving {
+    pub(crate) to: OwnerHint,
+    /// Streams have until then.
+    pub(crate) until: Instant,
+}
+
+/// A stream on a segment, until dropped.
+#[derive(Debug)]
+pub(crate) struct Attending(Arc<Segment>);
+
+impl Drop for Attending {
+    fn drop(&mut self) {
+        self.0.streams.send_modify(|streams| *streams -= 1);
+    }
 }
 
 impl fmt::Debug for Segment {
@@ -45,6 +67,8 @@ impl Segment {
             subscriptions: Mutex::new(BTreeMap::new()),
             anonymous: Anonymous::default(),
             ended: watch::Sender::new(None),
+            streams: watch::Sender::new(0),
+            moving: watch::Sender::new(None),
         }
     }
 
@@ -103,6 +127,41 @@ impl Segment {
         });
     }
 
+    /// Counts a stream on it.
+    pub(crate) fn attend(self: &Arc<Self>) -> Attending {
+        self.streams.send_modify(|streams| *streams += 1);
+        Attending(Arc::clone(self))
+    }
+
+    /// Resolves when no stream is on it. Cancel-safe.
+    pub(super) async fn deserted(&self) {
+        let mut streams = self.streams.subscribe();
+        let _here = streams.wait_for(|streams| *streams == 0).await;
+    }
+
+    /// Its streams are asked to leave for another broker.
+    pub(super) fn move_to(&self, to: OwnerHint, until: Instant) {
+        self.moving.send_replace(Some(Moving { to, until }));
+    }
+
+    /// Whether it is on its way to another broker.
+    pub(crate) fn is_moving(&self) -> bool {
+        self.moving.borrow().is_some()
+    }
+
+    /// Resolves when it is on its way to another broker. Cancel-safe.
+    pub(crate) async fn moving(&self) -> Moving {
+        let mut moving = self.moving.subscribe();
+        let found = match moving.wait_for(Option::is_some).await {
+            Ok(moving) => moving.clone(),
+            Err(_) => None,
+        };
+        match found {
+            Some(moving) => moving,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Resolves when streams on it must end, with the reason. Cancel-safe.
     pub async fn ended(&self) -> Refusal {
         let mut ended = self.ended.subscribe();
@@ -113,7 +172,7 @@ impl Segment {
     }
 
     /// Resolves when its log serves no more, or it was ended otherwise. Cancel-safe.
-    pub(super) async fn fenced(&self) -> Refusal {
+    pub(crate) async fn fenced(&self) -> Refusal {
         let mut status = self.ledger.status();
         tokio::select! {
             biased;
@@ -125,7 +184,12 @@ impl Segment {
         }
     }
 
-    pub(super) fn report_backlog(&self, metrics: &Metrics) {
+    /// Whether its log serves, and nobody has ended it.
+    pub(crate) fn serves(&self) -> bool {
+        self.ended.borrow().is_none() && matches!(*self.ledger.status().borrow(), Status::Serving)
+    }
+
+    pub(super) fn report_backlog(&self, metrics: &Metrics, now_ms: u64) {
         for (id, name) in self.subscriptions.lock().iter() {
             let Some(cursor) = self.ledger.cursor(*id) else { continue };
             let labels = BacklogOf {
@@ -135,6 +199,12 @@ impl Segment {
             };
             let backlog = i64::try_from(cursor.backlog).unwrap_or(i64::MAX);
             metrics.backlog.get_or_create(&labels).set(backlog);
+            let behind = self.ledger.backlog(cursor.mark_delete_next);
+            let bytes = i64::try_from(behind.bytes).unwrap_or(i64::MAX);
+            metrics.backlog_bytes.get_or_create(&labels).set(bytes);
+            let age_ms = behind.oldest_publish_ms.map_or(0, |at| now_ms.saturating_sub(at));
+            let age = i64::try_from(age_ms / 1_000).unwrap_or(i64::MAX);
+            metrics.backlog_age.get_or_create(&labels).set(age);
         }
     }
 }

@@ -104,6 +104,7 @@ mod tests {
             index: Some(RecordIndex { key_hash: vec![1, 2], has_key: vec![] }),
             count: 2,
             payload: Bytes::from_static(b"abcd"),
+            traceparent: String::new(),
         }
     }
 

@@ -7,12 +7,28 @@ mod service;
 mod stream;
 mod unary;
 
-use geminga_proto::reason::Reason;
+use geminga_proto::{
+    ids::SegmentId,
+    reason::Reason,
+    v1::{OwnerHint, Route},
+};
 
-use crate::{catalog::Topic, errors::Refusal};
+use crate::{catalog::Topic, errors::Refusal, listener::Connection, ownership::not_owner};
 
 pub(crate) use anonymous::Anonymous;
 pub(crate) use service::PublisherService;
+
+/// Whether a stream for another broker's segment is passed on: only where the client asks for it, and never twice (O6). The
+/// others are sent to the owner; a client that cannot reach it comes back and asks.
+pub(crate) fn relays(connection: &Connection, route: i32) -> bool {
+    route == i32::from(Route::Relay) && !connection.is_relayed()
+}
+
+/// The stream is to be opened at the owner.
+pub(crate) fn elsewhere(topic: &Topic, id: SegmentId, mut owner: OwnerHint) -> Refusal {
+    owner.layout_epoch = topic.layout_epoch;
+    not_owner(id, &owner)
+}
 
 /// Whether a request was routed by the layout that stands; 0 means that it does not say.
 ///

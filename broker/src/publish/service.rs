@@ -1,5 +1,7 @@
 //! The gRPC service `Publisher`: opens publish streams, and takes single batches.
 
+use std::sync::Arc;
+
 use futures::Stream;
 use geminga_managed_ledger::{ProducerIdentity, ProducerOpen};
 use geminga_proto::{
@@ -13,17 +15,20 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
 use super::{
-    check_layout,
+    check_layout, elsewhere,
     order::Window,
+    relays,
     stream::{PublishStream, reply},
     unary,
 };
 use crate::{
+    catalog::Topic,
     context::Shared,
     errors::Refusal,
     lifecycle,
     listener::{Connection, Outbox, OutboxStream, first_frame, not_opened, outbox},
-    storage_errors,
+    ownership::{Found, Segment},
+    relay, storage_errors,
 };
 
 /// The service.
@@ -85,27 +90,46 @@ where
     let PublishFrame { frame: Some(Frame::Open(open)) } = first else { return Err(not_opened()) };
     let span = tracing::info_span!("publish", topic = open.topic, segment = open.segment);
     async {
-        let stream = open_stream(shared, connection, open, inbound, outbox).await?;
-        stream.run(outbox).await
+        shared.admit(&connection, &open)?;
+        let identity = identity(&open)?;
+        let name = TopicName::parse(&open.topic)?;
+        let topic = lifecycle::topic_or_create(shared, connection.principal(), &name).await?;
+        check_layout(&topic, open.layout_epoch)?;
+        let id = topic.segment(open.segment)?;
+        match shared.ownership.find(id).await? {
+            Found::Here(segment) => {
+                let opening = Opening { topic, identity, stream_number: open.stream_number };
+                let stream =
+                    open_stream(shared, connection, segment, opening, inbound, outbox).await?;
+                stream.run(outbox).await
+            }
+            Found::Elsewhere(owner) if relays(&connection, open.route) => {
+                relay::publish(shared, &connection, (id, owner), open, inbound, outbox).await
+            }
+            Found::Elsewhere(owner) => Err(elsewhere(&topic, id, owner)),
+        }
     }
     .instrument(span)
     .await
 }
 
+/// What a checked open frame says.
+struct Opening {
+    topic: Topic,
+    identity: ProducerIdentity,
+    stream_number: u64,
+}
+
 async fn open_stream<I>(
     shared: &Shared,
     connection: Connection,
-    open: OpenPublish,
+    segment: Arc<Segment>,
+    opening: Opening,
     inbound: I,
     outbox: &Outbox<PublishReply>,
 ) -> Result<PublishStream<I>, Refusal> {
-    shared.admit(&connection, &open)?;
-    let identity = identity(&open)?;
-    let name = TopicName::parse(&open.topic)?;
-    let topic = lifecycle::topic_or_create(shared, connection.principal(), &name).await?;
-    check_layout(&topic, open.layout_epoch)?;
-    let segment = shared.ownership.segment(topic.segment(open.segment)?).await?;
-    let request = ProducerOpen { identity, stream_number: open.stream_number };
+    let Opening { topic, identity, stream_number } = opening;
+    let request = ProducerOpen { identity, stream_number };
     let opened = segment.ledger().open_producer(request).await;
     let producer = opened.map_err(|error| storage_errors::of_producer(&error))?;
     let limits = &shared.config.limits;
@@ -129,7 +153,7 @@ async fn open_stream<I>(
         segment,
         pushed: producer.persisted,
         producer,
-        stream_number: open.stream_number,
+        stream_number,
         inbound,
         window,
     })

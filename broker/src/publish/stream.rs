@@ -10,11 +10,11 @@ use geminga_managed_ledger::{ProducerOpened, PublishBatch, PublishError};
 use geminga_proto::{
     reason::Reason,
     v1::{
-        Batch, DurabilityLevel, PublishFrame, PublishReply, Receipt, publish_frame::Frame,
+        Batch, DurabilityLevel, GoAway, PublishFrame, PublishReply, Receipt, publish_frame::Frame,
         publish_reply::Reply,
     },
 };
-use geminga_runtime::budget::Permit;
+use geminga_runtime::{budget::Permit, telemetry::MessageSpan};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -27,7 +27,7 @@ use crate::{
     errors::{Refusal, unreadable},
     listener::{Connection, Outbox},
     ownership::Segment,
-    storage_errors,
+    spans, storage_errors,
 };
 
 /// The bytes of one batch, taken from the connection's and the broker's budget.
@@ -55,7 +55,7 @@ impl<I> Drop for PublishStream<I> {
 
 enum Event {
     Woken,
-    GoAway,
+    GoAway(GoAway),
     Answer(Outcome),
     Reserved(Reserved),
     Frame(Option<Result<PublishFrame, Status>>),
@@ -70,7 +70,8 @@ impl<I: Stream<Item = Result<PublishFrame, Status>> + Unpin> PublishStream<I> {
         let mut waiting: Option<(Batch, Reserving)> = None;
         let (mut told, mut half_closed) = (false, false);
         let mut ended = pin!(segment.ended());
-        let mut draining = pin!(shared.draining.started());
+        let mut told_to_go = pin!(shared.told_to_go(&segment));
+        let _attending = segment.attend();
         loop {
             if half_closed && in_flight.is_empty() && waiting.is_none() {
                 return Ok(());
@@ -80,16 +81,16 @@ impl<I: Stream<Item = Result<PublishFrame, Status>> + Unpin> PublishStream<I> {
                 biased;
                 outcome = in_flight.next() => Event::Answer(outcome),
                 why = &mut ended => return Err(why),
-                () = &mut draining, if !told => Event::GoAway,
+                go_away = &mut told_to_go, if !told => Event::GoAway(go_away),
                 () = outbox.changed() => Event::Woken,
                 reserved = reserved(&mut waiting) => Event::Reserved(reserved),
                 frame = self.inbound.next(), if takes_frames => Event::Frame(frame),
             };
             match event {
                 Event::Woken => {}
-                Event::GoAway => {
+                Event::GoAway(go_away) => {
                     told = true;
-                    outbox.push(reply(Reply::GoAway(shared.draining.go_away())), 0);
+                    outbox.push(reply(Reply::GoAway(go_away)), 0);
                 }
                 Event::Answer(outcome) => {
                     self.answer(outbox, outcome)?;
@@ -174,14 +175,15 @@ impl<I: Stream<Item = Result<PublishFrame, Status>> + Unpin> PublishStream<I> {
     fn publish(&mut self, in_flight: &mut InFlight, batch: Batch, (mine, all): Reserved) {
         let (hi_sequence, payload_bytes) = (batch.hi_sequence, batch.payload.len() as u64);
         let began = Instant::now();
-        let stored = self.segment.ledger().publish(to_publish(
-            batch,
-            &self.producer,
-            self.stream_number,
-            all,
-        ));
+        let span = spans::publish(&batch.traceparent, &self.segment, batch.count);
+        let mut batch = to_publish(batch, &self.producer, self.stream_number, all);
+        batch.trace = span.as_ref().map(MessageSpan::context);
+        let stored = self.segment.ledger().publish(batch);
         in_flight.push(async move {
             let result = stored.await;
+            if let (Some(mut span), Err(error)) = (span, &result) {
+                span.failed(error.to_string());
+            }
             drop(mine);
             let pushed = match result {
                 Err(PublishError::OutOfSequence { pushed }) => Some(pushed),
@@ -282,6 +284,8 @@ pub(super) fn to_publish(
         uncompressed_size: batch.uncompressed_size,
         index: batch.index.unwrap_or_default(),
         payload: batch.payload,
+        traceparent: spans::sound(batch.traceparent),
+        trace: None,
         permit,
     }
 }

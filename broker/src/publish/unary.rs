@@ -1,57 +1,95 @@
 //! One batch in one call. The broker routes it: the given segment, else by its first record's key, else by the producer's
 //! name (so that a retry goes the same way), else round robin.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use geminga_managed_ledger::{
     ProducerError, ProducerIdentity, ProducerOpen, ProducerOpened, PublishError, Stored,
 };
 use geminga_proto::{
+    ids::SegmentId,
     key_hash::key_hash,
     names::{ProducerName, TopicName},
     reason::Reason,
     v1::{Batch, PublishRequest, PublishResponse, RecordIndex},
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     batch,
     stream::{count_stored, receipt, to_publish},
 };
 use crate::{
-    catalog::Topic, context::Shared, errors::Refusal, lifecycle, listener::Connection,
-    ownership::Segment, storage_errors,
+    catalog::Topic,
+    context::Shared,
+    errors::Refusal,
+    lifecycle,
+    listener::Connection,
+    ownership::{Found, Segment},
+    relay, storage_errors,
 };
 
 /// Sessions that one unnamed call tries.
 const SESSIONS_MAX: u32 = 3;
+/// Places that one call looks for its segment in, while it is being moved.
+const OWNERS_MAX: u32 = 20;
+/// Pause before it looks again.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Turns of the round robin.
 static TURN: AtomicU64 = AtomicU64::new(0);
 
 pub(super) async fn publish(
     shared: &Shared,
     connection: &Connection,
-    request: PublishRequest,
+    mut request: PublishRequest,
 ) -> Result<PublishResponse, Refusal> {
     shared.admit(connection, &request)?;
-    let began = Instant::now();
     let name = match request.producer_name.as_str() {
         "" => None,
         name => Some(ProducerName::parse(name)?),
     };
-    let mut batch = request.batch.ok_or_else(|| Refusal::request("batch is missing"))?;
+    let mut batch = request.batch.take().ok_or_else(|| Refusal::request("batch is missing"))?;
     if name.is_none() {
         // Its sequences are the broker's; whatever was sent means nothing.
         (batch.prev_sequence, batch.lo_sequence, batch.hi_sequence) =
             (0, 1, u64::from(batch.count.max(1)));
     }
     batch::check(&batch, &shared.config.limits)?;
-    let (number, segment) =
-        route_to(shared, connection, &request.topic, request.segment, &batch, name.as_ref())
-            .await?;
+    for _ in 0..OWNERS_MAX {
+        let (id, found) = route_to(shared, connection, &request, &batch, name.as_ref()).await?;
+        let segment = match found {
+            Found::Here(segment) => segment,
+            Found::Elsewhere(owner) => {
+                let request = PublishRequest { batch: Some(batch), ..request };
+                return relay::publish_batch(shared, connection, (id, owner), request).await;
+            }
+        };
+        match store(shared, connection, &segment, batch.clone(), name.clone()).await {
+            // It is being handed to another broker, and nothing was stored.
+            Err(refusal) if refusal.reason == Reason::SegmentLoading && segment.is_moving() => {
+                sleep(LOOK_AGAIN).await;
+            }
+            stored => return stored,
+        }
+    }
+    Err(Refusal::new(Reason::Busy, "the segment keeps moving; nothing of the batch was stored"))
+}
+
+/// Stores a batch in a segment that is here.
+async fn store(
+    shared: &Shared,
+    connection: &Connection,
+    segment: &Arc<Segment>,
+    batch: Batch,
+    name: Option<ProducerName>,
+) -> Result<PublishResponse, Refusal> {
+    let began = Instant::now();
     let held = batch::held_bytes(&batch);
     let reserve = async {
         (connection.bytes().acquire(held).await, shared.publish_bytes.acquire(held).await)
@@ -62,8 +100,8 @@ pub(super) async fn publish(
     };
     let (hi_sequence, stored) = match timeout(shared.config.limits.unary_deadline, async {
         match name {
-            Some(name) => named(&segment, name, batch, permit).await,
-            None => anonymous(shared, &segment, batch, permit).await,
+            Some(name) => named(segment, name, batch, permit).await,
+            None => anonymous(shared, segment, batch, permit).await,
         }
     })
     .await
@@ -77,8 +115,8 @@ pub(super) async fn publish(
     shared.metrics.publish_duration.observe(began.elapsed().as_secs_f64());
     count_stored(&shared.metrics, &stored.0, stored.1);
     Ok(PublishResponse {
-        segment: number,
-        receipt: Some(receipt(&segment, hi_sequence, &stored.0)),
+        segment: segment.id().segment,
+        receipt: Some(receipt(segment, hi_sequence, &stored.0)),
     })
 }
 
@@ -87,23 +125,25 @@ pub(super) async fn publish(
 async fn route_to(
     shared: &Shared,
     connection: &Connection,
-    topic: &str,
-    segment: Option<u32>,
+    request: &PublishRequest,
     batch: &Batch,
     name: Option<&ProducerName>,
-) -> Result<(u32, Arc<Segment>), Refusal> {
-    let topic = TopicName::parse(topic)?;
-    if let Some(seen) = shared.hub.topic_named(&topic) {
-        let number = segment.map_or_else(|| route(&seen, batch, name), Ok)?;
-        if let Ok(id) = seen.segment(number)
-            && let Some(loaded) = shared.ownership.loaded(id)
-        {
-            return Ok((number, loaded));
+) -> Result<(SegmentId, Found), Refusal> {
+    let topic = TopicName::parse(&request.topic)?;
+    let number = |topic: &Topic| request.segment.map_or_else(|| route(topic, batch, name), Ok);
+    if let Some(seen) = shared.hub.topic_named(&topic)
+        && let Ok(id) = seen.segment(number(&seen)?)
+    {
+        if let Some(loaded) = shared.ownership.loaded(id) {
+            return Ok((id, Found::Here(loaded)));
+        }
+        if let Some(owner) = shared.ownership.claimed_elsewhere(id) {
+            return Ok((id, Found::Elsewhere(owner)));
         }
     }
     let topic = lifecycle::topic_or_create(shared, connection.principal(), &topic).await?;
-    let number = segment.map_or_else(|| route(&topic, batch, name), Ok)?;
-    Ok((number, shared.ownership.segment(topic.segment(number)?).await?))
+    let id = topic.segment(number(&topic)?)?;
+    Ok((id, shared.ownership.find(id).await?))
 }
 
 /// The stored batch and its payload's bytes.
@@ -231,6 +271,7 @@ mod tests {
                 .collect(),
             created_at_ms: 0,
             deleting: false,
+            policies: None,
             revision: Revision(1),
         }
     }

@@ -1,10 +1,11 @@
 //! The gRPC service `Subscriber`: opens consume streams and settles outside of them.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures::Stream;
 use geminga_managed_ledger::SettleError;
 use geminga_proto::{
+    ids::SegmentId,
     names::{ConsumerName, SubscriptionName, TopicName},
     reason::Reason,
     v1::{
@@ -21,13 +22,14 @@ use super::{
     stream::{ConsumeStream, SettleWanted},
 };
 use crate::{
-    catalog::Start,
+    catalog::{Start, Topic},
     context::Shared,
     errors::Refusal,
     lifecycle,
     listener::{Connection, Outbox, OutboxStream, first_frame, not_opened, outbox},
-    publish::check_layout,
-    storage_errors,
+    ownership::{Found, Segment},
+    publish::{check_layout, elsewhere, relays},
+    relay, storage_errors,
 };
 
 /// The service.
@@ -71,8 +73,7 @@ impl Subscriber for SubscriberService {
     ) -> Result<Response<SettleResponse>, Status> {
         let connection = Connection::of(&request, &self.0.config.limits);
         let settled = settle(&self.0, &connection, request.into_inner()).await;
-        let settled = settled.map_err(|refusal| self.0.refused(refusal))?;
-        Ok(Response::new(SettleResponse { settled: Some(settled) }))
+        settled.map(Response::new).map_err(|refusal| self.0.refused(refusal))
     }
 }
 
@@ -95,20 +96,24 @@ where
         subscription = open.subscription
     );
     async {
-        let stream = open_stream(shared, connection, open, inbound).await?;
-        stream.run(outbox).await
+        shared.admit(connection, &open)?;
+        let (topic, id) = checked(shared, &open).await?;
+        match shared.ownership.find(id).await? {
+            Found::Here(segment) => {
+                open_stream(shared, topic, segment, open, inbound).await?.run(outbox).await
+            }
+            Found::Elsewhere(owner) if relays(connection, open.route) => {
+                relay::consume(shared, connection, (id, owner), open, inbound, outbox).await
+            }
+            Found::Elsewhere(owner) => Err(elsewhere(&topic, id, owner)),
+        }
     }
     .instrument(span)
     .await
 }
 
-async fn open_stream<I>(
-    shared: &Shared,
-    connection: &Connection,
-    open: OpenConsume,
-    inbound: I,
-) -> Result<ConsumeStream<I>, Refusal> {
-    shared.admit(connection, &open)?;
+/// The topic and the segment of an open frame, before anything is loaded or sent elsewhere for it.
+async fn checked(shared: &Shared, open: &OpenConsume) -> Result<(Topic, SegmentId), Refusal> {
     let topic_name = TopicName::parse(&open.topic)?;
     let name = SubscriptionName::parse(&open.subscription)?;
     if !open.consumer_name.is_empty() {
@@ -117,6 +122,21 @@ async fn open_stream<I>(
     let topic = shared.catalog.topic(&topic_name).await?;
     check_layout(&topic, open.layout_epoch)?;
     let id = topic.segment(open.segment)?;
+    match open.create_at {
+        Some(start) => drop(start_of(start)?),
+        None => drop(shared.catalog.subscription(&topic, &name).await?),
+    }
+    Ok((topic, id))
+}
+
+async fn open_stream<I>(
+    shared: &Shared,
+    topic: Topic,
+    segment: Arc<Segment>,
+    open: OpenConsume,
+    inbound: I,
+) -> Result<ConsumeStream<I>, Refusal> {
+    let name = SubscriptionName::parse(&open.subscription)?;
     let subscription = match open.create_at {
         Some(start) => {
             let start = start_of(start)?;
@@ -124,8 +144,7 @@ async fn open_stream<I>(
         }
         None => shared.catalog.subscription(&topic, &name).await?,
     };
-    let segment = shared.ownership.segment(id).await?;
-    lifecycle::open_cursor(shared, &topic, &segment, &subscription).await?;
+    lifecycle::open_cursor(shared, &segment, &subscription).await?;
     let handle = Handle {
         epoch: segment.epoch(),
         subscription: subscription.id,
@@ -147,9 +166,9 @@ async fn settle(
     shared: &Shared,
     connection: &Connection,
     request: SettleRequest,
-) -> Result<Settled, Refusal> {
+) -> Result<SettleResponse, Refusal> {
     shared.admit(connection, &request)?;
-    let settle = request.settle.ok_or_else(|| Refusal::request("settle is missing"))?;
+    let settle = request.settle.clone().ok_or_else(|| Refusal::request("settle is missing"))?;
     let token = settle.token;
     let wanted = SettleWanted::parse(settle, shared.config.limits.settle_ranges_max)?;
     let topic = shared.catalog.topic(&TopicName::parse(&request.topic)?).await?;
@@ -157,12 +176,19 @@ async fn settle(
         .catalog
         .subscription(&topic, &SubscriptionName::parse(&request.subscription)?)
         .await?;
-    let segment = shared.ownership.segment(topic.segment(request.segment)?).await?;
+    let id = topic.segment(request.segment)?;
+    let segment = match shared.ownership.find(id).await? {
+        Found::Here(segment) => segment,
+        Found::Elsewhere(owner) => {
+            return relay::settle(shared, connection, (id, owner), request).await;
+        }
+    };
     segment.consumers().check(subscription.id, &wanted.handle, wanted.end)?;
     let settled = segment.ledger().settle(subscription.id, wanted.settlement);
     let mark_delete_next = within(shared.config.limits.unary_deadline, settled).await?;
     segment.consumers().cursor_changed(subscription.id);
-    Ok(Settled { token, mark_delete_next: mark_delete_next.0 })
+    let settled = Settled { token, mark_delete_next: mark_delete_next.0 };
+    Ok(SettleResponse { settled: Some(settled) })
 }
 
 async fn within<T>(

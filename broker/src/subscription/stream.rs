@@ -18,8 +18,8 @@ use geminga_proto::{
     ids::{Offset, SubscriptionId},
     reason::Reason,
     v1::{
-        ConsumeFrame, ConsumeOpened, ConsumeReply, Credit, Delivery as DeliveryReply, OffsetRange,
-        Settle, Settled, consume_frame::Frame, consume_reply::Reply, settle::Verb,
+        ConsumeFrame, ConsumeOpened, ConsumeReply, Credit, Delivery as DeliveryReply, GoAway,
+        OffsetRange, Settle, Settled, consume_frame::Frame, consume_reply::Reply, settle::Verb,
     },
 };
 use geminga_runtime::budget::{ByteBudget, Permit};
@@ -33,7 +33,7 @@ use crate::{
     errors::{Refusal, unreadable},
     listener::Outbox,
     ownership::Segment,
-    storage_errors,
+    spans, storage_errors,
 };
 
 /// A read ahead for less is not worth it.
@@ -86,7 +86,7 @@ pub(super) struct ConsumeStream<I> {
 
 enum Event {
     Woken,
-    GoAway,
+    GoAway(GoAway),
     Retry,
     Cursor,
     Read(ReadResult),
@@ -107,7 +107,8 @@ impl<I: Stream<Item = Result<ConsumeFrame, Status>> + Unpin> ConsumeStream<I> {
         let mut retry: Option<Pin<Box<tokio::time::Sleep>>> = None;
         let (mut told, mut half_closed) = (false, false);
         let mut ended = pin!(segment.ended());
-        let mut draining = pin!(shared.draining.started());
+        let mut told_to_go = pin!(shared.told_to_go(&segment));
+        let _attending = segment.attend();
         loop {
             core.on_end(end.borrow_and_update().0);
             core.on_outbox(outbox.is_open());
@@ -132,7 +133,7 @@ impl<I: Stream<Item = Result<ConsumeFrame, Status>> + Unpin> ConsumeStream<I> {
                 biased;
                 why = &mut ended => return Err(why),
                 () = self.attached.ended() => return Err(deleted()),
-                () = &mut draining, if !told => Event::GoAway,
+                go_away = &mut told_to_go, if !told => Event::GoAway(go_away),
                 () = outbox.changed() => Event::Woken,
                 Some(done) = settling.next() => Event::Settled(done),
                 result = wait(&mut reading) => Event::Read(result),
@@ -146,9 +147,9 @@ impl<I: Stream<Item = Result<ConsumeFrame, Status>> + Unpin> ConsumeStream<I> {
             };
             match event {
                 Event::Woken => {}
-                Event::GoAway => {
+                Event::GoAway(go_away) => {
                     told = true;
-                    outbox.push(reply(Reply::GoAway(shared.draining.go_away())), 0);
+                    outbox.push(reply(Reply::GoAway(go_away)), 0);
                 }
                 Event::Retry => {
                     retry = None;
@@ -302,10 +303,13 @@ impl<I: Stream<Item = Result<ConsumeFrame, Status>> + Unpin> ConsumeStream<I> {
             attempt: 1,
             handle: self.attached.encoded_handle(),
             payload: stored.payload.clone(),
+            traceparent: header.traceparent.clone(),
         };
         self.shared.metrics.dispatch_messages.inc_by(delivery.messages);
         self.shared.metrics.dispatch_bytes.inc_by(bytes as u64);
+        let span = spans::deliver(&header.traceparent, &self.segment, header.count);
         outbox.push_holding(reply(Reply::Delivery(message)), bytes, delivery.batch.held);
+        drop(span);
     }
 
     fn frame(

@@ -17,16 +17,16 @@ use geminga_broker::{
     auth::{AllowAll, Authorizer},
 };
 use geminga_managed_ledger::{
-    Claim, ManagedLedger, ManagedLedgerConfig, ManagedLedgerMetrics, ManagedLedgers,
+    Claim, ColdStorage, ManagedLedger, ManagedLedgerConfig, ManagedLedgerMetrics, ManagedLedgers,
     ManagedLedgersParts,
 };
 use geminga_metadata::{
-    FaultPlan, FaultyStore, MemoryStore, MetadataStore, Op, SharedStore, Txn, keys,
+    FaultPlan, FaultyStore, MemoryStore, MetadataStore, Op, SharedStore, Standing, Txn, keys,
 };
 use geminga_proto::{
     admin::v1::{
-        CreateTopicRequest, DescribeSubscriptionRequest, DescribeTopicRequest, Subscription,
-        admin_client::AdminClient,
+        CreateTopicRequest, DescribeSubscriptionRequest, DescribeTopicRequest, LocateTopicRequest,
+        SegmentPlace, Subscription, admin_client::AdminClient,
     },
     ids::{Incarnation, SegmentId, TopicId},
     key_hash::key_hash,
@@ -40,7 +40,10 @@ use geminga_proto::{
     },
 };
 use geminga_runtime::{
-    clock::SystemClock, random::Random, tasks::Tasks, telemetry::MetricsRegistry,
+    clock::{SharedClock, SystemClock},
+    random::Random,
+    tasks::Tasks,
+    telemetry::MetricsRegistry,
 };
 use prost::Message;
 use tokio::{net::TcpListener, sync::mpsc, time::timeout};
@@ -62,6 +65,8 @@ pub(crate) struct Cluster {
     pub(crate) network: Network,
     pub(crate) broker: Option<Broker>,
     pub(crate) registry: MetricsRegistry,
+    /// Below every faulty store.
+    memory: SharedStore,
     loopback: Loopback,
     random: Random,
     tasks: Tasks,
@@ -73,6 +78,9 @@ pub(crate) struct Cluster {
 pub(crate) struct Settings {
     pub(crate) broker: BrokerConfig,
     pub(crate) managed: ManagedLedgerConfig,
+    pub(crate) cold: Option<ColdStorage>,
+    /// Of the managed ledgers.
+    pub(crate) clock: SharedClock,
     pub(crate) authorizer: Arc<dyn Authorizer>,
 }
 
@@ -88,7 +96,7 @@ impl Cluster {
     pub(crate) async fn start_as(change: impl FnOnce(&mut Settings)) -> Self {
         let (random, tasks) = (Random::from_seed(1), Tasks::new("test"));
         let memory: SharedStore = Arc::new(MemoryStore::new());
-        let store = FaultyStore::new(memory, random.fork(), FaultPlan::default(), &tasks);
+        let store = FaultyStore::new(memory.clone(), random.fork(), FaultPlan::default(), &tasks);
         let (loopback, bookies) =
             (Loopback::new(), (1..=3).map(Incarnation).map(MemoryBookie::new));
         let mut cluster = Self {
@@ -97,6 +105,7 @@ impl Cluster {
             network: Network::default(),
             broker: None,
             registry: MetricsRegistry::new(),
+            memory,
             loopback,
             random,
             segments: tasks.child("none yet"),
@@ -122,33 +131,67 @@ impl Cluster {
         name: &str,
         change: impl FnOnce(&mut Settings),
     ) -> (Broker, Tasks) {
+        self.broker_behind(name, &self.store, change).await
+    }
+
+    /// A store that only one broker sees through: it can be cut off alone.
+    pub(crate) fn own_store(&self) -> FaultyStore {
+        let (memory, random) = (self.memory.clone(), self.random.fork());
+        FaultyStore::new(memory, random, FaultPlan::default(), &self.tasks)
+    }
+
+    /// Starts a broker of this name that sees the cluster's state through this store.
+    pub(crate) async fn broker_behind(
+        &self,
+        name: &str,
+        store: &FaultyStore,
+        change: impl FnOnce(&mut Settings),
+    ) -> (Broker, Tasks) {
         let broker = BrokerConfig::new(name, SocketAddr::from(([127, 0, 0, 1], 0)));
         let managed = ManagedLedgerConfig {
             create_patience: Duration::from_millis(300),
             load_patience: Duration::from_secs(2),
             ..ManagedLedgerConfig::default()
         };
-        let mut settings = Settings { broker, managed, authorizer: Arc::new(AllowAll) };
+        let mut settings = Settings {
+            broker,
+            managed,
+            cold: None,
+            clock: Arc::new(SystemClock),
+            authorizer: Arc::new(AllowAll),
+        };
         change(&mut settings);
         let segments = self.tasks.child(name);
+        let (setter, standing) = Standing::new();
+        let store: SharedStore = Arc::new(store.clone());
+        let (config, clock) = (settings.managed, settings.clock);
         let parts = BrokerParts {
-            store: self.shared_store(),
-            managed: self.managed(settings.managed, &segments),
+            managed: self.managed(&store, config, (settings.cold, clock), standing, &segments),
+            store,
+            standing: Some(setter),
             clock: Arc::new(SystemClock),
             random: self.random.fork(),
             config: settings.broker,
-            registry: self.registry.clone(),
+            metrics: self.registry.with(geminga_broker::metrics::Metrics::register),
         };
         let broker = Broker::start_with(parts, settings.authorizer).await;
         (broker.expect("the broker starts"), segments)
     }
 
-    fn managed(&self, config: ManagedLedgerConfig, tasks: &Tasks) -> ManagedLedgers {
+    fn managed(
+        &self,
+        store: &SharedStore,
+        config: ManagedLedgerConfig,
+        (cold, clock): (Option<ColdStorage>, SharedClock),
+        standing: Standing,
+        tasks: &Tasks,
+    ) -> ManagedLedgers {
         let bookies = Arc::new(self.loopback.clone());
         let (network, random) = (self.network.clone(), self.random.fork());
         let bookies = FaultyBookies::new(bookies, network, random, tasks.child("network"));
         let client = LedgerClient::new(LedgerClientParts {
-            store: self.shared_store(),
+            store: store.clone(),
+            standing,
             bookies: Arc::new(bookies),
             clock: Arc::new(SystemClock),
             random: self.random.fork(),
@@ -165,12 +208,13 @@ impl Cluster {
         });
         ManagedLedgers::new(ManagedLedgersParts {
             client,
-            store: self.shared_store(),
-            clock: Arc::new(SystemClock),
+            store: store.clone(),
+            clock,
             random: self.random.fork(),
             tasks: tasks.child("segments"),
             config,
             metrics: ManagedLedgerMetrics::default(),
+            cold,
         })
     }
 
@@ -218,8 +262,19 @@ impl Cluster {
         let key = keys::owner(segment.bundle(BUNDLES));
         let (_, claim) = self.store.get(&key).await.expect("the store answers");
         let create_revision = claim.expect("the bundle is claimed").create_revision;
-        let managed = self.managed(ManagedLedgerConfig::default(), &self.tasks.child("rival"));
+        let (store, tasks) = (self.shared_store(), self.tasks.child("rival"));
+        let (config, clock) = (ManagedLedgerConfig::default(), Arc::new(SystemClock));
+        let managed = self.managed(&store, config, (None, clock), Standing::always(), &tasks);
         managed.load(segment, Claim { key, create_revision }).await.expect("taken over")
+    }
+
+    /// Topics with objects, as a janitor finds them.
+    pub(crate) async fn topics_with_objects(&self, cold: &ColdStorage) -> Vec<TopicId> {
+        let (store, tasks) = (self.shared_store(), self.tasks.child("census"));
+        let (config, clock) = (ManagedLedgerConfig::default(), Arc::new(SystemClock));
+        let cold = (Some(cold.clone()), clock as SharedClock);
+        let managed = self.managed(&store, config, cold, Standing::always(), &tasks);
+        managed.topics_with_objects().await.expect("listed")
     }
 
     pub(crate) async fn topic_id(&self, topic: &str) -> TopicId {
@@ -269,7 +324,11 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) async fn of(broker: &Broker) -> Self {
-        let endpoint = Channel::from_shared(format!("http://{}", broker.address()));
+        Self::at(&broker.address().to_string()).await
+    }
+
+    pub(crate) async fn at(address: &str) -> Self {
+        let endpoint = Channel::from_shared(format!("http://{address}"));
         Self { channel: endpoint.expect("valid").connect().await.expect("connects") }
     }
 
@@ -427,6 +486,7 @@ pub(crate) fn batch(prev: u64, messages: u32, payload: impl Into<Bytes>) -> Batc
         }),
         count: messages,
         payload,
+        traceparent: String::new(),
     }
 }
 
@@ -503,5 +563,65 @@ pub(crate) fn refused<T>(result: Result<T, Status>) -> Reason {
     match result {
         Ok(_) => panic!("not refused"),
         Err(status) => reason(&status),
+    }
+}
+
+/// Two brokers, `broker-0` of the cluster and `broker-1`, with a lease of 1 s.
+pub(crate) struct Pair {
+    pub(crate) cluster: Cluster,
+    pub(crate) other: Broker,
+    pub(crate) other_segments: Tasks,
+}
+
+impl Pair {
+    pub(crate) async fn start(change: impl Fn(&mut BrokerConfig)) -> Self {
+        let short = |config: &mut BrokerConfig| {
+            config.lease_ttl = Duration::from_secs(1);
+            change(config);
+        };
+        let cluster = Cluster::start_with(short).await;
+        let (other, other_segments) =
+            cluster.another_broker("broker-1", |settings| short(&mut settings.broker)).await;
+        let pair = Self { cluster, other, other_segments };
+        pair.both_see_both().await;
+        pair
+    }
+
+    /// Waits until each broker knows of the other.
+    pub(crate) async fn both_see_both(&self) {
+        let client = self.cluster.client().await;
+        client.topic("public/default/both", 16).await;
+        for broker in [self.cluster.broker(), &self.other] {
+            let client = Client::of(broker).await;
+            eventually("the other is seen", async || {
+                let placed = client.placed("public/default/both").await;
+                placed.contains(&"broker-0".to_owned()) && placed.contains(&"broker-1".to_owned())
+            })
+            .await;
+        }
+    }
+
+    /// A segment of the topic that belongs to `broker-1`.
+    pub(crate) async fn segment_of_other(&self, topic: &str) -> u32 {
+        let placed = self.cluster.client().await.placed(topic).await;
+        let found = placed.iter().position(|id| id == "broker-1").expect("it has a share");
+        u32::try_from(found).expect("few segments")
+    }
+}
+
+impl Client {
+    /// By segment: the broker that should have it.
+    pub(crate) async fn placed(&self, topic: &str) -> Vec<String> {
+        let places = self.places(topic).await;
+        places
+            .into_iter()
+            .map(|place| if place.placed.is_empty() { place.broker } else { place.placed })
+            .collect()
+    }
+
+    pub(crate) async fn places(&self, topic: &str) -> Vec<SegmentPlace> {
+        let request = LocateTopicRequest { name: topic.into() };
+        let located = self.admin().locate_topic(request).await.expect("located");
+        located.into_inner().segments
     }
 }

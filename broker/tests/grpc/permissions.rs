@@ -7,10 +7,14 @@ use geminga_proto::{
     admin::v1::{
         CreateNamespaceRequest, CreateSubscriptionRequest, CreateTenantRequest, CreateTopicRequest,
         DeleteNamespaceRequest, DeleteSubscriptionRequest, DeleteTenantRequest, DeleteTopicRequest,
-        DescribeNamespaceRequest, DescribeSubscriptionRequest, DescribeTenantRequest,
-        DescribeTopicRequest, ListNamespacesRequest, ListSubscriptionsRequest, ListTenantsRequest,
-        ListTopicsRequest,
+        DescribeClusterRequest, DescribeLedgerRequest, DescribeNamespaceRequest,
+        DescribeSubscriptionRequest, DescribeTenantRequest, DescribeTopicRequest,
+        DrainBookieRequest, DrainBrokerRequest, GetPoliciesRequest, ListBookiesRequest,
+        ListBrokersRequest, ListLedgersRequest, ListNamespacesRequest, ListSubscriptionsRequest,
+        ListTenantsRequest, ListTopicsRequest, LocateTopicRequest, OffloadTopicRequest,
+        SetPoliciesRequest, TierStatusRequest, VerifyTierRequest,
     },
+    internal::v1::{SegmentRequest, segments_client::SegmentsClient},
     reason::Reason,
     v1::{OpenConsume, OpenPublish, PublishRequest, SettleRequest, WatchRequest},
 };
@@ -104,6 +108,28 @@ async fn every_call(client: &Client) -> Vec<(Result<(), Status>, &'static str)> 
         DeleteSubscriptionRequest { topic: topic.clone(), name: name.clone() },
         "Delete topic a/b/t"
     );
+    call!(describe_cluster, DescribeClusterRequest {}, "Describe the cluster");
+    call!(list_brokers, ListBrokersRequest {}, "List the cluster");
+    call!(drain_broker, DrainBrokerRequest::default(), "Operate the cluster");
+    call!(list_bookies, ListBookiesRequest {}, "List the cluster");
+    call!(drain_bookie, DrainBookieRequest::default(), "Operate the cluster");
+    call!(locate_topic, LocateTopicRequest { name: s(TOPIC) }, "Lookup topic a/b/t");
+    call!(list_ledgers, ListLedgersRequest::default(), "List the cluster");
+    let of_topic = ListLedgersRequest { topic: s(TOPIC), ..Default::default() };
+    call!(list_ledgers, of_topic, "List topic a/b/t");
+    call!(describe_ledger, DescribeLedgerRequest { id: 1 }, "Describe the cluster");
+    call!(get_policies, GetPoliciesRequest { scope: s("") }, "Describe the cluster");
+    call!(get_policies, GetPoliciesRequest { scope: s("a/b") }, "Describe namespace a/b");
+    let set = |scope: &str| SetPoliciesRequest { scope: scope.into(), ..Default::default() };
+    call!(set_policies, set(""), "Configure the cluster");
+    call!(set_policies, set(TOPIC), "Configure topic a/b/t");
+    call!(tier_status, TierStatusRequest { topic: topic.clone() }, "Describe topic a/b/t");
+    let offload = OffloadTopicRequest { topic: topic.clone(), roll: false };
+    call!(offload_topic, offload, "Operate topic a/b/t");
+    call!(verify_tier, VerifyTierRequest { topic: topic.clone() }, "Operate topic a/b/t");
+    let mut segments = SegmentsClient::new(client.channel.clone());
+    calls.push((segments.ask(SegmentRequest::default()).await.map(drop), "Serve the cluster"));
+    calls.push((segments.walk(SegmentRequest::default()).await.map(drop), "Serve the cluster"));
     let publish = PublishRequest {
         topic: topic.clone(),
         batch: Some(batch(0, 1, "x")),
@@ -137,8 +163,12 @@ async fn a_principal_without_permissions_can_do_nothing_and_each_call_asks_for_i
 
 #[tokio::test]
 async fn with_one_action_permitted_only_its_calls_get_further() {
-    use Action::{Consume, Create, Delete, Describe, List, Lookup, Publish};
-    for action in [Publish, Consume, Lookup, Create, List, Describe, Delete] {
+    use Action::{
+        Configure, Consume, Create, Delete, Describe, List, Lookup, Operate, Publish, Serve,
+    };
+    for action in
+        [Publish, Consume, Lookup, Create, List, Describe, Delete, Configure, Operate, Serve]
+    {
         let (_cluster, client, _book) = behind(&[action]).await;
         for (answer, row) in every_call(&client).await {
             let denied = answer.err().map(|status| crate::harness::reason(&status));

@@ -8,7 +8,8 @@ use geminga_metadata::{MetadataStore, Op, Txn, keys};
 use geminga_proto::{
     admin::v1::{
         CreateTenantRequest, CreateTopicRequest, DeleteNamespaceRequest, DescribeNamespaceRequest,
-        DescribeTenantRequest, DescribeTopicRequest, ListTenantsRequest,
+        DescribeTenantRequest, DescribeTopicRequest, ListTenantsRequest, OffloadTopicRequest,
+        VerifyTierRequest,
     },
     reason::Reason,
     v1::{
@@ -63,6 +64,7 @@ fn force(wanted: Reason) -> BoxFuture<'static, Status> {
         Reason::ConsumerExists => consumer_exists().boxed(),
         Reason::InvalidHandle => invalid_handle().boxed(),
         Reason::CursorLimit => cursor_limit().boxed(),
+        Reason::NoColdStorage => no_cold_storage().boxed(),
         Reason::ReadDamaged => read_damaged().boxed(),
         Reason::PermissionDenied => permission_denied().boxed(),
         Reason::ShuttingDown => shutting_down().boxed(),
@@ -323,6 +325,16 @@ async fn cursor_limit() -> Status {
     let status = refusal(client.subscriber().settle(settle(verb)).await);
     assert_eq!(fact(&status, "holes_max"), "1");
     status
+}
+
+async fn no_cold_storage() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let verify = VerifyTierRequest { topic: TOPIC.into() };
+    let mut steps = client.admin().verify_tier(verify).await.expect("begun").into_inner();
+    assert_eq!(reason(&refusal(steps.message().await)), Reason::NoColdStorage);
+    let offload = OffloadTopicRequest { topic: TOPIC.into(), roll: true };
+    let mut steps = client.admin().offload_topic(offload).await.expect("begun").into_inner();
+    refusal(steps.message().await)
 }
 
 async fn read_damaged() -> Status {

@@ -26,6 +26,7 @@ use geminga_proto::{
     reason::Reason,
     v1::{Codec, PayloadFormat, Record, SubscriptionStart},
 };
+use geminga_runtime::telemetry::{MessageSpan, SpanKind, TraceContext};
 use tokio::{
     sync::oneshot,
     time::{Instant, timeout},
@@ -210,6 +211,17 @@ pub struct Received {
 }
 
 impl Received {
+    /// Begins the span of processing this message; none where its trace is not recorded or this process exports no spans. It
+    /// ends when dropped.
+    #[must_use]
+    pub fn process_span(&self) -> Option<MessageSpan> {
+        let sent = TraceContext::parse(self.headers.get(TraceContext::HEADER)?).ok()?;
+        let mut span = MessageSpan::linked_to(&sent, "process", SpanKind::Consumer, "process")?;
+        span.set("messaging.destination.partition.id", i64::from(self.id.segment));
+        span.set("messaging.geminga.offset", i64::try_from(self.id.offset).unwrap_or(i64::MAX));
+        Some(span)
+    }
+
     /// Accepts this message. Asked for at once; the future is its durable confirmation.
     pub fn accept(&self) -> Settling {
         self.desk.accept(self.id.offset, false, self.stream)

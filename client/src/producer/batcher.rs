@@ -6,7 +6,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use geminga_runtime::budget::Permit;
+use geminga_runtime::{budget::Permit, telemetry::TraceContext};
 use tokio::{sync::oneshot, time::Instant};
 
 use crate::{
@@ -81,6 +81,12 @@ pub(crate) struct Queued {
     pub(crate) permit: Permit,
 }
 
+/// The trace that a message belongs to, if somebody records it.
+fn recorded_trace(message: &Message) -> Option<TraceContext> {
+    let context = TraceContext::parse(message.headers.get(TraceContext::HEADER)?).ok()?;
+    context.is_sampled().then_some(context)
+}
+
 /// A batch before it has sequences.
 #[derive(Debug)]
 pub(crate) struct Cut {
@@ -94,6 +100,8 @@ pub(crate) struct Cut {
     /// The first message's place among all that ever came.
     pub(crate) number: u64,
     pub(crate) waiters: Waiters,
+    /// Of its first message whose trace is recorded.
+    pub(crate) trace: Option<TraceContext>,
 }
 
 /// The batch being gathered, and those already full.
@@ -120,6 +128,7 @@ struct Open {
     number: u64,
     deadline: Instant,
     waiters: Waiters,
+    trace: Option<TraceContext>,
 }
 
 impl Batcher {
@@ -141,11 +150,13 @@ impl Batcher {
             self.close();
         }
         let has_key = message.key.is_some();
+        let trace = recorded_trace(&message);
         match &mut self.open {
             Some(open) => {
                 open.hashes.push(hash);
                 open.has_key.push(has_key);
                 open.any_key |= has_key;
+                open.trace = open.trace.or(trace);
                 open.deadline = open.deadline.min(deadline);
                 open.waiters.answers.push(answer);
                 open.waiters.permit.merge(permit);
@@ -161,6 +172,7 @@ impl Batcher {
                     number: self.count,
                     deadline,
                     waiters: Waiters { answers: Vec::with_capacity(messages), permit },
+                    trace,
                 };
                 open.hashes.push(hash);
                 open.has_key.push(has_key);
@@ -186,6 +198,7 @@ impl Batcher {
             deadline: open.deadline,
             number: open.number,
             waiters: open.waiters,
+            trace: open.trace,
         });
     }
 

@@ -26,7 +26,7 @@ use geminga_runtime::{
     budget::ByteBudget,
     clock::{Clock, SystemClock},
     tasks::Tasks,
-    telemetry::TraceContext,
+    telemetry::{MessageSpan, SpanKind, TraceContext},
 };
 use parking_lot::Mutex;
 use tokio::{
@@ -70,7 +70,7 @@ pub struct ProducerBuilder {
     memory_bytes: u64,
     message_timeout: Duration,
     create_topic: bool,
-    trace_context: bool,
+    trace_ratio: f64,
 }
 
 impl ProducerBuilder {
@@ -85,7 +85,7 @@ impl ProducerBuilder {
             memory_bytes: 64 * 1024 * 1024,
             message_timeout: Duration::from_secs(60),
             create_topic: true,
-            trace_context: false,
+            trace_ratio: 0.0,
         }
     }
 
@@ -139,10 +139,11 @@ impl ProducerBuilder {
         self
     }
 
-    /// Whether a message without a `traceparent` header gets one of a new trace (W3C trace context). Default no.
+    /// The share of messages without a `traceparent` header that get one of a new, recorded trace (W3C trace context), 0 to
+    /// 1. Default 0.
     #[must_use]
-    pub fn trace_context(mut self, on: bool) -> Self {
-        self.trace_context = on;
+    pub fn trace_ratio(mut self, ratio: f64) -> Self {
+        self.trace_ratio = ratio;
         self
     }
 
@@ -184,7 +185,7 @@ impl ProducerBuilder {
                 message_timeout: self.message_timeout,
                 first_stream,
             },
-            trace_context: self.trace_context,
+            trace_ratio: self.trace_ratio,
             topic,
             parts,
         })))
@@ -202,7 +203,7 @@ struct Inner {
     topic: TopicName,
     layout: LayoutWatch,
     settings: Settings,
-    trace_context: bool,
+    trace_ratio: f64,
     budget: ByteBudget,
     lanes: Mutex<Lanes>,
 }
@@ -223,13 +224,17 @@ impl Drop for Inner {
 /// The receipt of one message, to come. Dropping it abandons the answer, not the message.
 #[derive(Debug)]
 #[must_use = "a message is stored only once its receipt came"]
-pub struct Pending(oneshot::Receiver<Result<Receipt, Error>>);
+pub struct Pending {
+    answer: oneshot::Receiver<Result<Receipt, Error>>,
+    /// Ends when the receipt is taken, or given up.
+    _span: Option<MessageSpan>,
+}
 
 impl Future for Pending {
     type Output = Result<Receipt, Error>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.0).poll(context).map(|answer| {
+        Pin::new(&mut self.answer).poll(context).map(|answer| {
             answer.unwrap_or_else(|_| Err(Error::Indeterminate("the producer was dropped".into())))
         })
     }
@@ -248,9 +253,7 @@ impl Producer {
         let inner = &*self.0;
         let mut now = Instant::now();
         let deadline = now + inner.settings.message_timeout;
-        if inner.trace_context {
-            self.add_trace(&mut message);
-        }
+        let span = self.trace(&mut message);
         let size = record_len(&message);
         if size > MESSAGE_BYTES_MAX {
             let words = format!(
@@ -276,7 +279,7 @@ impl Producer {
                 timeout_at(deadline, lane.send(Command::Send(queued))).await.map_err(late)?;
             sent.map_err(|_| Error::Closed)?;
         }
-        Ok(Pending(pending))
+        Ok(Pending { answer: pending, _span: span })
     }
 
     /// Waits until every message taken so far is answered, one way or the other. Their receipts tell which.
@@ -382,10 +385,29 @@ impl Producer {
         &self.0.parts.tasks
     }
 
-    fn add_trace(&self, message: &mut Message) {
-        message
-            .headers
-            .entry("traceparent".to_owned())
-            .or_insert_with(|| TraceContext::root(&self.0.parts.random, true).to_string());
+    /// Gives the message its place in a trace, and begins the span of its send where this process exports spans.
+    fn trace(&self, message: &mut Message) -> Option<MessageSpan> {
+        let inner = &*self.0;
+        let given = message.headers.get(TraceContext::HEADER);
+        let given = given.and_then(|text| TraceContext::parse(text).ok());
+        let parent = match given {
+            Some(given) => given,
+            None if inner.trace_ratio > 0.0
+                && !message.headers.contains_key(TraceContext::HEADER) =>
+            {
+                let chance = inner.parts.random.below(1 << 32) as f64 / f64::from(u32::MAX);
+                if chance > inner.trace_ratio {
+                    return None;
+                }
+                let root = TraceContext::root(&inner.parts.random, true);
+                message.headers.insert(TraceContext::HEADER.to_owned(), root.to_string());
+                root
+            }
+            None => return None,
+        };
+        let mut span = MessageSpan::below(&parent, "send", SpanKind::Producer, "send")?;
+        span.set("messaging.destination.name", inner.topic.to_string());
+        message.headers.insert(TraceContext::HEADER.to_owned(), span.context().to_string());
+        Some(span)
     }
 }

@@ -13,7 +13,7 @@ use geminga_proto::{
         PublishOpened, PublishReply, RecordIndex, publish_frame::Frame, publish_reply::Reply,
     },
 };
-use geminga_runtime::random::Random;
+use geminga_runtime::{random::Random, telemetry::TraceContext};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, sleep_until, timeout},
@@ -76,6 +76,7 @@ struct Content {
     /// The first message's place among all of this stream.
     number: u64,
     waiters: Waiters,
+    trace: Option<TraceContext>,
 }
 
 pub(super) struct SegmentStream {
@@ -544,6 +545,7 @@ fn seal(cut: Cut, compression: Compression) -> Content {
         index: RecordIndex { key_hash: cut.hashes, has_key: cut.has_key },
         number: cut.number,
         waiters: cut.waiters,
+        trace: cut.trace,
     }
 }
 
@@ -560,6 +562,7 @@ fn frame(prev: u64, link: &Link<Content>) -> PublishFrame {
             index: Some(content.index.clone()),
             count: content.waiters.len() as u32,
             payload: content.payload.clone(),
+            traceparent: content.trace.map(|trace| trace.to_string()).unwrap_or_default(),
         })),
     }
 }

@@ -150,6 +150,11 @@ impl LedgerChecks {
 }
 
 impl Known {
+    /// Whether its key was removed.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone
+    }
+
     /// The highest entry that must survive; -1 for none.
     pub(crate) fn promised(&self) -> i64 {
         self.acknowledged.max(self.lac)
@@ -320,10 +325,13 @@ fn legal_step(ledger: u64, from: Option<&LedgerValue>, to: &LedgerValue) -> Verd
     let quorums = |v: &LedgerValue| (v.ensemble, v.write, v.ack);
     must!("MD4", quorums(from) == quorums(to), "the quorums of ledger {ledger} changed");
     let fragments_may = match (from.state, to.state) {
-        (S::Open, S::Open) => last_replaced_or_one_added(from, to),
-        (S::Open | S::InRecovery, S::InRecovery) => from.fragments == to.fragments,
+        (S::Open, S::Open) => last_replaced_or_one_added(from, to) || final_slot_changed(from, to),
+        (S::Open, S::InRecovery) => from.fragments == to.fragments,
+        (S::InRecovery, S::InRecovery) => {
+            from.fragments == to.fragments || final_slot_changed(from, to)
+        }
         (S::Open | S::InRecovery, S::Closed { .. }) => final_ones_kept(from, to),
-        (S::Closed { .. }, S::Closed { .. }) => from.fragments.len() == to.fragments.len(),
+        (S::Closed { .. }, S::Closed { .. }) => one_slot_changed(&from.fragments, &to.fragments),
         (S::Closed { .. }, S::Deleted) => true,
         (before, after) => {
             must!("MD4", false, "ledger {ledger} went from {before:?} to {after:?}");
@@ -349,6 +357,28 @@ fn last_replaced_or_one_added(from: &LedgerValue, to: &LedgerValue) -> bool {
     let replaced = new.len() == old.len() && new[earlier].0 == old[earlier].0;
     let added = new.len() == old.len() + 1 && new[earlier] == old[earlier];
     kept && (replaced || added)
+}
+
+/// The replicator's step in a ledger that is not Closed (A2, A3): the last fragment is not its own.
+fn final_slot_changed(from: &LedgerValue, to: &LedgerValue) -> bool {
+    let last = from.fragments.len() - 1;
+    to.fragments.len() == last + 1
+        && from.fragments[last] == to.fragments[last]
+        && one_slot_changed(&from.fragments[..last], &to.fragments[..last])
+}
+
+/// At most one slot has another holder, and nothing else is different.
+fn one_slot_changed(from: &[(u64, Vec<u32>)], to: &[(u64, Vec<u32>)]) -> bool {
+    let bounds = |fragments: &[(u64, Vec<u32>)]| -> Vec<(u64, usize)> {
+        fragments.iter().map(|(first, slots)| (*first, slots.len())).collect()
+    };
+    let slots = |fragments: &[(u64, Vec<u32>)]| -> Vec<u32> {
+        fragments.iter().flat_map(|(_, slots)| slots.iter().copied()).collect()
+    };
+    let (old, new) = (slots(from), slots(to));
+    let changed: Vec<_> = old.iter().zip(&new).filter(|(old, new)| old != new).collect();
+    bounds(from) == bounds(to)
+        && (changed.is_empty() || matches!(changed[..], [(_, new)] if *new != 0))
 }
 
 /// All but the last fragment are final: they are kept, or dropped because they start after the end.

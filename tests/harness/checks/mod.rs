@@ -2,17 +2,21 @@
 //!
 //! - [`ledger`]: I1, I2, I3, I4, I6, I9 and the legal steps of ledger metadata (MD4)
 //! - [`bookie`]: I7, I8
+//! - [`copies`]: I5, and what auto-recovery may not do (A3, DC1)
 //! - [`segment`]: I10..I14, and M2: what a list value says of its ledgers
 //!
 //! Each looks at every event as it comes, so that a violation stands beside its cause in the trace.
 
 mod bookie;
+mod copies;
 mod ledger;
 mod segment;
 #[cfg(test)]
 mod tests;
 
 use std::{collections::BTreeSet, fmt};
+
+pub(crate) use copies::finals as copies_finals;
 
 use super::history::{Event, EventNumber};
 
@@ -56,6 +60,7 @@ pub(crate) use must;
 pub(crate) struct Checks {
     pub(crate) ledgers: ledger::LedgerChecks,
     pub(crate) bookies: bookie::BookieChecks,
+    pub(crate) copies: copies::CopyChecks,
     pub(crate) segments: segment::SegmentChecks,
     /// Incarnations whose disk was lost or changed behind their back.
     pub(crate) lost: BTreeSet<u32>,
@@ -69,6 +74,7 @@ impl Checks {
         }
         self.ledgers.observe(event)?;
         self.bookies.observe(number, at_us, event)?;
+        self.copies.observe(event, &self.ledgers)?;
         self.segments.observe(number, event, &self.ledgers)
     }
 }

@@ -8,15 +8,20 @@ use crate::harness::history::{
 const LEDGER: u64 = 7;
 const SEGMENT: (u64, u32) = (1, 0);
 
-/// Feeds events, one microsecond apart; the first violation's invariant.
+/// Feeds events, one microsecond apart; the first violation's invariant. The ledger is listed for repair from the beginning.
 fn judge(events: Vec<Event>) -> Option<&'static str> {
     let mut checks = Checks::default();
+    checks.observe(0, 0, &listing(true)).expect("nothing is known yet");
     events.iter().enumerate().find_map(|(i, event)| {
         checks
             .observe(i as u64, i as u64, event)
             .err()
             .map(|violation: Violation| violation.invariant)
     })
+}
+
+fn listing(listed: bool) -> Event {
+    Event::Listing { ledger: LEDGER, listed }
 }
 
 fn bytes(entry: u64) -> Bytes {
@@ -151,6 +156,7 @@ fn i4_an_ensemble_that_never_got_an_acknowledged_entry_is_found() {
 #[test]
 fn i4_copies_missing_on_the_disks_are_found_at_the_end() {
     let mut checks = Checks::default();
+    checks.observe(0, 0, &listing(true)).expect("nothing is known yet");
     for (i, event) in with(one_entry(), [closed(0)]).iter().enumerate() {
         checks.observe(i as u64, i as u64, event).expect("a sound history");
     }
@@ -163,6 +169,43 @@ fn i4_copies_missing_on_the_disks_are_found_at_the_end() {
     assert_eq!(found(&[1], &[2]), None);
     assert_eq!(found(&[1], &[]), Some("I4"));
     assert_eq!(found(&[1, 9], &[]), Some("I4"));
+}
+
+#[test]
+fn i5_a_short_ledger_that_is_not_listed_is_found() {
+    let shown = |at| Event::Shown { at, ledger: LEDGER, runs: vec![(0, 0)] };
+    assert_eq!(judge(with(one_entry(), [closed(0)])), None, "it is listed");
+    assert_eq!(judge(with(one_entry(), [closed(0), listing(false)])), Some("I5"));
+    assert_eq!(judge(with(one_entry(), [listing(false), closed(0)])), Some("I5"));
+    assert_eq!(judge(with(one_entry(), [closed(0), shown(3), listing(false)])), None);
+    let vacant = put(LedgerState::Closed { last: 0, length: 0 }, vec![(0, vec![1, 2, 0])]);
+    assert_eq!(judge(with(one_entry(), [vacant, listing(false)])), Some("I5"));
+}
+
+#[test]
+fn i5_a_final_fragment_of_an_open_ledger_counts_and_a_lost_incarnation_stands_for_a_listing() {
+    let changed = || put(LedgerState::Open, vec![(0, vec![1, 2, 3]), (1, vec![1, 2, 4])]);
+    assert_eq!(judge(with(one_entry(), [listing(false), changed()])), Some("I5"));
+    let lost = Event::LostKey { at: 3, there: true };
+    assert_eq!(judge(with(one_entry(), [lost, listing(false), changed()])), None);
+}
+
+#[test]
+fn a3_a_ledger_with_an_owner_that_is_fenced_for_repair_is_found() {
+    let begun = |epoch| Event::RecoveryBegun { ledger: LEDGER, epoch };
+    let claim = |there| Event::Claim { there };
+    assert_eq!(judge(vec![claim(true), open([1, 2, 3]), begun(0)]), Some("A3"));
+    assert_eq!(judge(vec![claim(true), open([1, 2, 3]), begun(1)]), None, "its owner");
+    assert_eq!(judge(vec![claim(true), open([1, 2, 3]), claim(false), begun(0)]), None);
+}
+
+#[test]
+fn dc1_a_cookie_that_goes_too_early_and_a_ledger_that_comes_too_late_are_found() {
+    let cookie = || Event::CookiePut { bookie: "b".to_owned(), at: 3 };
+    let gone = || Event::CookieGone { bookie: "b".to_owned() };
+    assert_eq!(judge(vec![cookie(), open([1, 2, 3]), gone()]), Some("DC1"));
+    assert_eq!(judge(vec![cookie(), open([1, 2, 4]), gone()]), None);
+    assert_eq!(judge(vec![cookie(), gone(), open([1, 2, 3])]), Some("DC1"));
 }
 
 #[test]
@@ -228,6 +271,24 @@ fn i9_an_incarnation_named_twice_is_found() {
 fn i9_too_many_vacant_slots_are_found() {
     assert_eq!(judge(vec![open([1, 2, 0])]), None);
     assert_eq!(judge(vec![open([1, 0, 0])]), Some("I9"));
+}
+
+#[test]
+fn md4_a_repair_that_touches_more_than_one_slot_of_what_is_final_is_found() {
+    let to =
+        |slots: [u32; 3]| put(LedgerState::Closed { last: -1, length: 0 }, vec![(0, slots.into())]);
+    assert_eq!(judge(vec![open([1, 2, 3]), closed(-1), to([1, 2, 4])]), None);
+    assert_eq!(judge(vec![open([1, 2, 3]), closed(-1), to([1, 5, 4])]), Some("MD4"));
+    assert_eq!(judge(vec![open([1, 2, 3]), closed(-1), to([1, 2, 0])]), Some("MD4"));
+    let two = |first: [u32; 3], second: [u32; 3]| {
+        put(LedgerState::Open, vec![(0, first.into()), (1, second.into())])
+    };
+    let events = |next| {
+        let all = [added(1, 0, 1), added(2, 0, 3), added(4, 0, 5)].concat();
+        [vec![open([1, 2, 3])], all, vec![two([1, 2, 3], [1, 2, 5]), next]].concat()
+    };
+    assert_eq!(judge(events(two([1, 2, 4], [1, 2, 5]))), None);
+    assert_eq!(judge(events(two([1, 2, 4], [1, 2, 6]))), Some("MD4"));
 }
 
 #[test]

@@ -8,10 +8,18 @@
 //! - Only `Absent` and `Fenced` are certain knowledge; `Unknown` is never turned into either.
 
 pub mod conformance;
+pub mod directory;
 pub mod faulty;
+pub mod frame;
+pub mod handshake;
 pub mod loopback;
 pub mod memory;
+pub mod remote;
 pub mod scripted;
+pub mod serve;
+mod transfer;
+mod wire;
+mod wire_values;
 
 use std::{fmt, sync::Arc};
 
@@ -195,6 +203,16 @@ impl EntrySet {
             (false, true) => self.runs[at].0 = id,
             (false, false) => self.runs.insert(at, (id, id)),
         }
+    }
+
+    /// Appends the run `first..=last`; false, and nothing happens, unless it lies behind all others with a gap.
+    #[must_use]
+    pub fn push_run(&mut self, first: EntryId, last: EntryId) -> bool {
+        let behind = self.runs.last().is_none_or(|run| run.1.saturating_add(1) < first.0);
+        if behind && first <= last {
+            self.runs.push((first.0, last.0));
+        }
+        behind && first <= last
     }
 
     /// Whether the entry is in it.

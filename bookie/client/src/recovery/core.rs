@@ -258,10 +258,14 @@ impl RecoveryCore {
         let slots = self.private_slots();
         let failed: Vec<usize> =
             (0..slots.len()).filter(|i| slots[*i].is_none() || self.failed[*i]).collect();
-        let untried = |a: &&Available| !self.tried.contains(&a.incarnation);
-        let available: Vec<Available> =
-            available.unwrap_or_default().iter().filter(untried).cloned().collect();
-        let chosen = ensemble::replacements(&slots, &failed, &available, self.age, random);
+        // Those already tried take no part, but where they stand counts for the zone rule.
+        let untried = |a: &Available| {
+            let writable = a.writable && !self.tried.contains(&a.incarnation);
+            Available { writable, ..a.clone() }
+        };
+        let available: Vec<Available> = available.unwrap_or_default().iter().map(untried).collect();
+        let quorum = self.metadata.quorum;
+        let chosen = ensemble::replacements(quorum, &slots, &failed, &available, self.age, random);
         if chosen.is_empty() {
             return self.abort("too few bookies take the write-back".to_owned());
         }

@@ -182,6 +182,7 @@ impl Sim {
                     draining: false,
                     limbo: None,
                     disk_free: 1,
+                    zone: String::new(),
                 };
                 let all: Vec<Available> = self.bookies.keys().map(available).collect();
                 self.core.on_candidates(Some(&all), &self.random);

@@ -10,9 +10,12 @@
 //!                          |
 //!                          +-- no replacement: suspend the slot, List (EC7), or poison as a write failure
 //! ```
+//! On a provisional claim (O3) nothing is looked for and nothing is listed: as if there were no replacement, and what cannot
+//! reach Qa waits. The listing follows when the claim is confirmed again.
 
 mod changes;
 mod ending;
+mod standing;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -138,6 +141,10 @@ pub struct WriterCore {
     next_wish: Instant,
     lac_told: Option<EntryId>,
     last_activity: Instant,
+    /// The claim is provisional (O3).
+    provisional: bool,
+    /// A slot was given up meanwhile: the listing is still to be written (EC7).
+    listing_owed: bool,
     actions: Vec<Action>,
 }
 
@@ -178,6 +185,8 @@ impl WriterCore {
             fruitless: 0,
             lac_told: lac,
             last_activity: now,
+            provisional: false,
+            listing_owed: false,
             actions: Vec::new(),
         }
     }
@@ -270,9 +279,12 @@ impl WriterCore {
         }
         self.next_wish = now + self.wish_interval();
         let short = self.is_short();
+        // The claim may have become provisional since the look began.
+        let available = if self.provisional { Err(()) } else { available };
         let available_now = available.unwrap_or_default();
         let wanted = self.wanted(short, available_now, now);
         let chosen = ensemble::replacements(
+            self.metadata.value.quorum,
             &self.metadata.value.last_fragment().slots,
             &wanted,
             available_now,

@@ -53,6 +53,9 @@ struct Sim {
     unreleased: BTreeMap<EntryId, usize>,
     /// Entries released while nothing was given up, hence after all their answers.
     released_whole: u64,
+    /// The claim is provisional; and how often a listing had to wait for that to end.
+    provisional: bool,
+    listings_owed: u64,
 }
 
 impl Sim {
@@ -65,6 +68,7 @@ impl Sim {
             draining: false,
             limbo: None,
             disk_free: 1,
+            zone: String::new(),
         };
         let first = 1 + random.below(2) as u32; // perhaps one is not there yet: a slot may stay vacant
         let all: Vec<Available> = (first..=bookies).map(free).collect();
@@ -102,11 +106,13 @@ impl Sim {
             told: BTreeSet::new(),
             unreleased: BTreeMap::new(),
             released_whole: 0,
+            provisional: false,
+            listings_owed: 0,
         })
     }
 
     fn step(&mut self) {
-        match self.random.below(12) {
+        match self.random.below(13) {
             0 | 1 => {
                 if self.core.held_bytes() < 2_000 {
                     let body =
@@ -132,7 +138,12 @@ impl Sim {
                 self.tick();
             }
             10 => self.answer_look(),
-            _ => self.move_commit(),
+            11 => self.move_commit(),
+            _ => {
+                if self.random.chance(0.1) {
+                    self.stand(self.provisional);
+                }
+            }
         }
         self.take_actions();
     }
@@ -142,6 +153,18 @@ impl Sim {
             self.core.on_timer(self.now);
             let next = self.core.next_timer();
             assert!(next.is_none_or(|at| at > self.now), "its owner would turn without end");
+        }
+    }
+
+    fn stand(&mut self, confirmed: bool) {
+        let owed = self.core.listing_owed();
+        assert!(self.provisional || !owed, "a listing waits for nothing else");
+        self.listings_owed += u64::from(owed && confirmed);
+        self.provisional = !confirmed;
+        self.core.on_standing(confirmed, self.now);
+        let lists = |action: &Action| matches!(action, Action::List);
+        if owed && confirmed && !self.poisoned {
+            assert!(self.core.actions.iter().any(lists), "the listing follows (EC7)");
         }
     }
 
@@ -174,6 +197,7 @@ impl Sim {
             draining: false,
             limbo: None,
             disk_free: 1,
+            zone: String::new(),
         };
         let all: Vec<Available> = self.bookies.iter().map(writable).collect();
         let answer = if self.random.chance(0.1) { Err(()) } else { Ok(&all[..]) };
@@ -230,7 +254,7 @@ impl Sim {
             return; // its caller was told the worst
         }
         assert!(entry.0 < self.confirmed, "an entry that is not acknowledged is kept");
-        if self.listed {
+        if self.listed || self.core.listing_owed() {
             return;
         }
         let fragment = self.core.metadata().value.fragment_of(entry).clone();
@@ -275,13 +299,18 @@ impl Sim {
                     self.confirmed += 1;
                 }
                 Action::FailPending(error) => self.failed = Some(error),
-                Action::Look { hint } => self.look = Some(hint),
+                Action::Look { hint } => {
+                    assert!(!self.provisional, "O3: nothing is looked for");
+                    self.look = Some(hint);
+                }
                 Action::Commit(plan) => {
+                    assert!(!self.provisional, "O3: no change is started");
                     assert!(self.commit.is_none(), "one at a time (EC2)");
                     assert_eq!(plan.fragment.first_entry, EntryId(self.confirmed), "LAC+1 (EC3)");
                     self.commit = Some(plan);
                 }
                 Action::List => {
+                    assert!(!self.provisional, "O3: the listing follows later");
                     drop(listing_op(self.stored.value.id, "test"));
                     self.listed = true;
                 }
@@ -297,6 +326,7 @@ impl Sim {
     }
 
     fn heal(&mut self) {
+        self.stand(true);
         for bookie in self.bookies.values_mut() {
             bookie.mode = Mode::Good;
         }
@@ -405,7 +435,7 @@ proptest! {
 #[test]
 fn the_simulation_reaches_changes_confirmations_and_failures() {
     let (mut changes, mut confirmed, mut failures, mut listings) = (0, 0, 0, 0);
-    let mut released = 0;
+    let (mut released, mut owed) = (0, 0);
     for seed in 0..200 {
         let mut sim = Sim::new(seed, Quorum::default(), 5).expect("enough");
         for _ in 0..500 {
@@ -416,7 +446,9 @@ fn the_simulation_reaches_changes_confirmations_and_failures() {
         released += sim.released_whole;
         failures += usize::from(sim.failed == Some(AppendError::NotAcknowledged));
         listings += usize::from(sim.listed);
+        owed += sim.listings_owed;
     }
+    assert!(owed > 10, "{owed}");
     assert!(released > 500, "{released}");
     assert!(changes > 50, "{changes}");
     assert!(confirmed > 2_000, "{confirmed}");
@@ -432,6 +464,7 @@ fn available(bookie: &u32) -> Available {
         draining: false,
         limbo: None,
         disk_free: 1,
+        zone: String::new(),
     }
 }
 
@@ -697,4 +730,99 @@ fn no_close_while_a_change_is_unsettled() {
         _ => None,
     });
     assert_eq!(end, Some((Some(id), true)), "the ended fragment lacks a copy");
+}
+
+/// O3, EC7: a provisional claim counts as no replacement. What can reach Qa goes on, what is overdue is given up, and the
+/// listing follows; then changes go on.
+#[test]
+fn on_a_provisional_claim_nothing_is_started_and_the_listing_follows() {
+    let mut bench = Bench::new(2);
+    bench.core.on_standing(false, bench.now);
+    let id = bench.push();
+    bench.answer(id, 0, 1, AddAnswer::Ok);
+    bench.answer(id, 2, 3, AddAnswer::NoSpace); // calls for a replacement at once (EC1)
+    assert!(bench.core.listing_owed());
+    bench.answer(id, 1, 2, AddAnswer::Ok);
+    let actions = bench.core.take_actions();
+    assert!(!actions.iter().any(|a| matches!(a, Action::Look { .. } | Action::List)));
+    assert_eq!(bench.core.lac(), Some(id), "goes on");
+    assert_eq!(bench.core.held_bytes(), 0, "given up");
+    for _ in 0..100 {
+        bench.pass(Duration::from_secs(5));
+        let id = bench.push();
+        bench.answer(id, 0, 1, AddAnswer::Ok);
+        bench.answer(id, 1, 2, AddAnswer::Ok);
+    }
+    let actions = bench.core.take_actions();
+    assert!(!actions.iter().any(|a| matches!(a, Action::Look { .. } | Action::List)));
+    bench.core.on_standing(true, bench.now);
+    let actions = bench.core.take_actions();
+    assert!(actions.iter().any(|a| matches!(a, Action::List)), "{actions:?}");
+    assert!(actions.iter().any(|a| matches!(a, Action::Look { .. })), "{actions:?}");
+    bench.candidates(&[1, 2, 4]);
+    bench.land();
+    let last = bench.core.metadata().value.last_fragment().clone();
+    assert_eq!(last.slots, [1, 2, 4].map(|i| Some(Incarnation(i))));
+}
+
+/// O3: what cannot reach Qa waits for the store, however long, and has its patience afresh when it is back.
+#[test]
+fn on_a_provisional_claim_what_cannot_reach_qa_waits() {
+    let mut bench = Bench::new(2);
+    bench.core.on_standing(false, bench.now);
+    let id = bench.push();
+    drop(bench.core.take_actions());
+    for (slot, from) in [(1, 2), (2, 3)] {
+        bench.answer(id, slot, from, AddAnswer::Unknown(Unknown::Disconnected));
+    }
+    for _ in 0..100 {
+        bench.pass(Duration::from_secs(60));
+        let resent: Vec<(Slot, Incarnation)> = bench
+            .core
+            .take_actions()
+            .into_iter()
+            .filter_map(|action| match action {
+                Action::Send { slot, to, .. } => Some((slot, to)),
+                Action::Look { .. } | Action::List | Action::Poisoned(_) => panic!("{action:?}"),
+                _ => None,
+            })
+            .collect();
+        for (slot, to) in resent {
+            bench.answer(id, slot.0, to.0, AddAnswer::Unknown(Unknown::Disconnected));
+        }
+    }
+    assert_eq!(bench.core.poison(), None);
+    bench.core.on_standing(true, bench.now);
+    assert_eq!(bench.looks(), [false]);
+    bench.candidates(&[]);
+    assert_eq!(bench.core.poison(), None, "the bookies have their patience too");
+    bench.candidates(&[]);
+    bench.pass(Duration::from_secs(1));
+    assert_eq!(bench.looks(), [false]);
+    bench.candidates(&[1, 4, 5]);
+    bench.land();
+    assert_eq!(bench.core.metadata().value.last_fragment().slots[0], Some(Incarnation(1)));
+}
+
+/// O3, MD3: a change that is in flight when the claim becomes provisional is brought to its end; a look is not acted on.
+#[test]
+fn a_change_in_flight_lands_on_a_provisional_claim_and_a_look_does_not_become_one() {
+    let mut bench = Bench::new(2);
+    let id = bench.push();
+    bench.answer(id, 2, 3, AddAnswer::ReadOnly);
+    bench.candidates(&[1, 2, 4]);
+    bench.core.on_standing(false, bench.now);
+    bench.answer(id, 0, 1, AddAnswer::Ok);
+    bench.land();
+    bench.answer(id, 2, 4, AddAnswer::Ok);
+    assert_eq!(bench.confirmed(), [id]);
+    let mut bench = Bench::new(2);
+    let id = bench.push();
+    bench.answer(id, 2, 3, AddAnswer::ReadOnly);
+    assert_eq!(bench.looks(), [false]);
+    bench.core.on_standing(false, bench.now);
+    bench.candidates(&[1, 2, 4]);
+    let actions = bench.core.take_actions();
+    assert!(!actions.iter().any(|a| matches!(a, Action::Commit(_) | Action::List)), "{actions:?}");
+    assert!(bench.core.listing_owed());
 }

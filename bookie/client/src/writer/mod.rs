@@ -14,6 +14,7 @@ mod types;
 
 use std::{collections::VecDeque, sync::Arc};
 
+use geminga_metadata::Standing;
 use geminga_proto::ids::{EntryId, LedgerId};
 use parking_lot::Mutex;
 use tokio::{
@@ -49,6 +50,7 @@ struct Shared {
     id: LedgerId,
     bytes_max: usize,
     entries_max: usize,
+    standing: Standing,
     memory: Arc<ClientMemory>,
     state: Mutex<State>,
     /// The owner has something to do.
@@ -96,6 +98,7 @@ impl LedgerWriter {
             id: metadata.value.id,
             bytes_max: config.writer_bytes_max,
             entries_max: config.writer_entries_max,
+            standing: client.parts.standing.clone(),
             memory: Arc::clone(&client.memory),
             state: Mutex::new(State {
                 appends: VecDeque::new(),
@@ -226,10 +229,13 @@ impl LedgerWriter {
     /// After a write failure it ends at the LAC at once. The ledger is closed when the returned transaction lands; on a
     /// conflict ask [`crate::settled_close`]. Repeated calls give the same answer. Cancel-safe: the sealing goes on.
     ///
+    /// O3: on a provisional claim no close is started. This waits until it is confirmed, and stops nothing before.
+    ///
     /// # Errors
     /// [`SealError`].
     pub async fn seal(&self) -> Result<Sealed, SealError> {
         let shared = &self.handle.shared;
+        shared.may_close().await;
         let answer = {
             let mut state = shared.state.lock();
             state.ended = true;
@@ -260,6 +266,23 @@ impl Shared {
     fn has_room(&self, state: &State, bytes: usize) -> bool {
         state.held_entries < self.entries_max
             && (state.held_bytes == 0 || state.held_bytes + bytes <= self.bytes_max)
+    }
+
+    /// Waits while a close must not be started (O3); a writer that has ended closes nothing.
+    async fn may_close(&self) {
+        let over = {
+            let state = self.state.lock();
+            state.sealed.is_some() || state.over
+        };
+        if over || self.standing.confirmed() {
+            return;
+        }
+        let mut poison = self.poison.subscribe();
+        tokio::select! {
+            biased;
+            () = self.standing.until_confirmed() => {}
+            _ = poison.wait_for(|poison| matches!(poison, Some(Poison::Fenced | Poison::Stopped))) => {}
+        }
     }
 
     fn seal_error(&self) -> SealError {

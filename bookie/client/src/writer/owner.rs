@@ -86,6 +86,8 @@ enum Event {
         hint: bool,
     },
     Changed(ChangeOutcome),
+    /// The claim is confirmed, or provisional (O3).
+    Standing(bool),
     /// Commands, time, or nothing to act on.
     Turn,
 }
@@ -115,6 +117,7 @@ impl Owner {
         let token = self.token.clone();
         let shared = Arc::clone(&self.shared);
         let mut timer = pin!(sleep_until(Instant::now() + IDLE_TURN));
+        let mut standing = self.other_standing(true);
         loop {
             self.take_commands();
             self.carry_out();
@@ -132,11 +135,29 @@ impl Owner {
                 Some((entry, slot, from, answer)) = self.adds.next() => {
                     Event::Answered(entry, slot, from, answer)
                 }
+                confirmed = &mut standing => {
+                    standing = self.other_standing(confirmed);
+                    Event::Standing(confirmed)
+                }
                 () = shared.wake.notified() => Event::Turn,
                 () = &mut timer => Event::Turn,
             };
             self.apply(event);
         }
+    }
+
+    /// Resolves when the standing is no longer `confirmed`, to what it then is.
+    fn other_standing(&self, confirmed: bool) -> BoxFuture<'static, bool> {
+        let standing = self.client.parts.standing.clone();
+        async move {
+            if confirmed {
+                standing.until_provisional().await;
+            } else {
+                standing.until_confirmed().await;
+            }
+            !confirmed
+        }
+        .boxed()
     }
 
     fn apply(&mut self, event: Event) {
@@ -176,6 +197,14 @@ impl Owner {
                     );
                 }
                 self.core.on_change(outcome, now);
+            }
+            Event::Standing(confirmed) => {
+                tracing::info!(
+                    ledger = self.shared.id.0,
+                    confirmed,
+                    "standing of the claim changed"
+                );
+                self.core.on_standing(confirmed, now);
             }
             Event::Turn => {}
         }

@@ -368,3 +368,51 @@ async fn a_foreign_last_fragment_poisons_the_writer() {
     drop(writer.append(payload("x")));
     assert_eq!(writer.poisoned().await, Poison::Fenced);
 }
+
+/// O3: on a provisional claim appends go on; no ledger is created, no close is started, and nothing is stopped for one.
+#[tokio::test(start_paused = true)]
+async fn on_a_provisional_claim_appends_go_on_and_closes_and_creations_wait() {
+    let world = World::new(3).await;
+    let (setter, standing) = geminga_metadata::Standing::new();
+    let client = world.client_standing(standing);
+    let writer = world.create_by(&client, Quorum::default()).await;
+    append(&writer, 0..5).await;
+    setter.set(false);
+    let before = world.metadata().await.mod_revision;
+    let planned = client.plan_create(LEDGER, Quorum::default(), crate::testing::owner()).await;
+    assert!(
+        matches!(
+            planned,
+            Err(crate::EnsembleError::Store(geminga_metadata::StoreError::Unavailable(_)))
+        ),
+        "{planned:?}"
+    );
+    let hour = Duration::from_secs(3_600);
+    assert!(timeout(hour, writer.seal()).await.is_err(), "waits for the store");
+    world.kill(1);
+    append(&writer, 5..20).await;
+    pass(60.0).await; // past 30 s: the slot is given up, and nothing says so yet
+    append(&writer, 20..30).await;
+    assert!(!world.is_listed().await);
+    assert_eq!(world.metadata().await.mod_revision, before);
+    setter.set(true);
+    pass(1.0).await;
+    assert!(world.is_listed().await, "EC7: it follows");
+    assert_eq!(close(&world, &writer).await.last, Some(EntryId(29)));
+}
+
+/// A writer that was fenced closes nothing: whoever asks for it is not kept waiting for the store.
+#[tokio::test(start_paused = true)]
+async fn a_fenced_writer_on_a_provisional_claim_says_so_at_once() {
+    let world = World::new(3).await;
+    let (setter, standing) = geminga_metadata::Standing::new();
+    let client = world.client_standing(standing);
+    let writer = world.create_by(&client, Quorum::default()).await;
+    setter.set(false);
+    let sealing = writer.clone();
+    let sealed = world.tasks.spawn_returning("seal", async move { sealing.seal().await });
+    let rival = world.client_with(None, |_| {});
+    rival.recover_and_close(LEDGER, Epoch(2)).await.expect("recovers");
+    assert!(writer.append(payload("late")).await.is_err());
+    assert!(matches!(sealed.await.expect("no panic"), Err(SealError::Fenced)));
+}

@@ -4,6 +4,7 @@ mod health;
 mod logging;
 mod process;
 mod registry;
+mod spans;
 mod trace;
 
 pub use health::serve_health;
@@ -13,4 +14,5 @@ pub use registry::{
     DURATION_BUCKETS_S, MetricsRegistry, SIZE_BUCKETS_BYTES, bytes_histogram, duration_histogram,
     metric_name,
 };
+pub use spans::{MessageSpan, SpanExport, SpanKind, flush_spans, init_spans};
 pub use trace::{SpanId, TraceContext, TraceError, TraceId};

@@ -45,6 +45,17 @@ impl TraceContext {
         parse(text).ok_or(TraceError)
     }
 
+    /// From numbers; none if one of them is zero.
+    pub(super) fn of(trace: u128, span: u64, sampled: bool) -> Option<Self> {
+        let sound = trace != 0 && span != 0;
+        sound.then_some(Self { trace_id: TraceId(trace), span_id: SpanId(span), sampled })
+    }
+
+    /// As numbers: trace, span.
+    pub(super) fn ids(&self) -> (u128, u64) {
+        (self.trace_id.0, self.span_id.0)
+    }
+
     /// Whether somebody records the trace.
     #[must_use]
     pub fn is_sampled(&self) -> bool {

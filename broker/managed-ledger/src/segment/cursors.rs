@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use geminga_bookie_client::{LedgerWriter, entry::Payload};
+use geminga_bookie_client::{LedgerWriter, bookie_rpc::EntryRange, entry::Payload};
 use geminga_proto::{
     ids::{EntryId, Offset, SubscriptionId},
     storage::v1::{Acked, Removed, cursor_record::Record},
@@ -23,8 +23,17 @@ const GROUP_BYTES: usize = 1 << 20;
 
 /// One entry of the cursor log: what it changes, and who waits for that.
 pub(super) enum Group {
-    Changes { entry: Bytes, changes: Vec<Waiting> },
-    Snapshot { entry: Bytes, last: bool },
+    Changes {
+        entry: Bytes,
+        changes: Vec<Waiting>,
+        /// It says from where a load replays (DD2).
+        dedup: Option<Offset>,
+    },
+    Snapshot {
+        entry: Bytes,
+        /// Of the last entry: how many there are, and from where a load replays.
+        last: Option<(u64, Offset)>,
+    },
 }
 
 impl Group {
@@ -77,6 +86,9 @@ impl Owner {
         if self.closing.is_some() {
             return Err(Err(SettleError::Closed));
         }
+        if self.refuses_settles() {
+            return Err(Err(SettleError::MetadataUnavailable));
+        }
         // What waits may make or remove the cursor: then only its turn tells.
         let settled = self.settles.is_empty() && self.log.is_empty();
         let cursors = self.shared.cursors.lock();
@@ -85,7 +97,7 @@ impl Owner {
                 Some(cursor) if settled => Err(Ok(cursor.mark_delete_next())),
                 _ => {
                     let at = match start {
-                        Start::Earliest => self.current.list.first_offset,
+                        Start::Earliest => self.shared.view.first_offset(),
                         Start::Latest => *self.shared.end.borrow(),
                     };
                     Ok(Resolved::Create(id, Cursor::starting_at(at)))
@@ -118,7 +130,7 @@ impl Owner {
         if !self.log.is_open() || !self.log.is_empty() {
             return;
         }
-        let mut records = Vec::new();
+        let (mut records, mut replay_from) = (Vec::new(), None);
         if self.want.dedup && !self.want.snapshot {
             let dedup = self.dedup_state();
             // One that needs several entries comes into force only as a whole: in a snapshot.
@@ -127,27 +139,29 @@ impl Owner {
             } else {
                 self.want.dedup = false;
                 self.data_since_dedup = 0;
+                replay_from = Some(Offset(dedup.next_offset));
                 records.push(Record::Dedup(dedup));
             }
         }
         if self.want.snapshot {
             (self.want.snapshot, self.want.dedup) = (false, false);
             self.data_since_dedup = 0;
-            let entries =
-                cursor_log::snapshot(self.ledgers.parts().random.u64(), &self.log_state());
+            let state = self.log_state();
+            let entries = cursor_log::snapshot(self.ledgers.parts().random.u64(), &state);
             self.snapshot_bytes = entries.iter().map(|entry| entry.len() as u64).sum();
-            let last = entries.len() - 1;
+            let count = entries.len();
+            let end = (count as u64, Offset(state.dedup.next_offset));
             let groups = entries.into_iter().enumerate();
-            self.log
-                .pending
-                .extend(groups.map(|(n, entry)| Group::Snapshot { entry, last: n == last }));
+            self.log.pending.extend(groups.map(|(n, entry)| Group::Snapshot {
+                entry,
+                last: (n + 1 == count).then_some(end),
+            }));
             return;
         }
         let changes = self.take_changes(&mut records);
         if !records.is_empty() || !changes.is_empty() {
-            self.log
-                .pending
-                .push_back(Group::Changes { entry: cursor_log::encode(records), changes });
+            let entry = cursor_log::encode(records);
+            self.log.pending.push_back(Group::Changes { entry, changes, dedup: replay_from });
         }
     }
 
@@ -192,13 +206,17 @@ impl Owner {
         let Some(group) = self.log.pending.pop_front() else { return };
         self.ledgers.parts().metrics.settle_entries.inc();
         match group {
-            Group::Changes { entry, changes } => {
-                self.delta_bytes += entry.len() as u64;
+            Group::Changes { entry: bytes, changes, dedup } => {
+                self.delta_bytes += bytes.len() as u64;
+                if let Some(next) = dedup {
+                    self.note_dedup(next, entry, 1);
+                }
                 self.ledgers.parts().metrics.settles.inc_by(changes.len() as u64);
                 self.apply_changes(changes);
             }
-            Group::Snapshot { last: false, .. } => {}
-            Group::Snapshot { last: true, .. } => {
+            Group::Snapshot { last: None, .. } => {}
+            Group::Snapshot { last: Some((count, next)), .. } => {
+                self.note_dedup(next, entry, count);
                 self.ledgers.parts().metrics.snapshots.inc();
                 self.delta_bytes = 0;
                 let list = &self.current.list;
@@ -240,6 +258,29 @@ impl Owner {
                 }
             };
             let _ = answer.send(result);
+        }
+    }
+
+    /// The first offset that some cursor, or one about to be made, has not settled (M3).
+    pub(super) fn slowest_cursor(&self) -> Option<Offset> {
+        let in_flight = self.log.pending.iter().flat_map(|group| match group {
+            Group::Changes { changes, .. } => &changes[..],
+            Group::Snapshot { .. } => &[],
+        });
+        let opening =
+            self.settles.iter().chain(in_flight).filter_map(|waiting| match &waiting.change {
+                Resolved::Create(_, cursor) => Some(cursor.mark_delete_next()),
+                Resolved::Remove(_) | Resolved::Acked(_) => None,
+            });
+        let cursors = self.shared.cursors.lock();
+        cursors.values().map(Cursor::mark_delete_next).chain(opening).min()
+    }
+
+    /// Where the state of deduplication that is durable now begins, and where it can be read back.
+    fn note_dedup(&mut self, next: Offset, last: EntryId, entries: u64) {
+        if let Some(ledger) = self.log.writer().map(LedgerWriter::id) {
+            let first = EntryId(last.0.saturating_sub(entries.saturating_sub(1)));
+            self.tier.dedup.logged(next, ledger, EntryRange { first, last });
         }
     }
 

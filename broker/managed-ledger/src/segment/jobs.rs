@@ -3,13 +3,14 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::{FutureExt, future::BoxFuture};
-use geminga_bookie_client::{LedgerWriter, SealError, Sealed};
-use geminga_proto::ids::{EntryId, LedgerId};
+use geminga_bookie_client::{LedgerWriter, SealError, Sealed, bookie_rpc::EntryRange};
+use geminga_proto::ids::{EntryId, LedgerId, Offset};
 use tokio::time::Instant;
 
 use super::{
     lane::Phase,
     owner::{OpenLedger, Owner},
+    tier::TierDone,
 };
 use crate::{
     change::{ChangeError, Changer, Current},
@@ -33,12 +34,13 @@ pub(super) enum Done {
         sealed: Result<Sealed, SealError>,
     },
     Closed(Log, Result<(Current, Option<LedgerWriter>), ChangeError>),
-    /// Cursor-log ledgers are gone; so many data bytes need no replay any more.
-    Trimmed(Result<Current, ChangeError>, u64),
+    /// Cursor-log ledgers are gone; so many data bytes need no replay any more, up to this offset.
+    Trimmed(Result<Current, ChangeError>, Option<(u64, Offset)>),
+    Tier(TierDone),
 }
 
 impl Owner {
-    fn changer(&self) -> Changer {
+    pub(super) fn changer(&self) -> Changer {
         Changer { ledgers: self.ledgers.clone(), segment: self.shared.segment }
     }
 
@@ -62,9 +64,12 @@ impl Owner {
             return Some(self.trim(writer, last));
         }
         if self.want.rest && self.is_quiet() {
-            return self.rest();
+            let job = self.rest();
+            if job.is_some() {
+                return job;
+            }
         }
-        None
+        self.next_tier_job()
     }
 
     fn log_is_wanted(&self) -> bool {
@@ -105,9 +110,10 @@ impl Owner {
         {
             let (changer, current, inline) =
                 (self.changer(), self.current.clone(), inline.to_vec());
-            let covered = self.data_since_dedup;
+            let covered = (self.data_since_dedup, *self.shared.end.borrow());
             let drop_all = async move {
-                Done::Trimmed(changer.drop_cursor_ledgers(current, &closed, inline).await, covered)
+                let dropped = changer.drop_cursor_ledgers(current, &closed, inline).await;
+                Done::Trimmed(dropped, Some(covered))
             };
             return Some(drop_all.boxed());
         }
@@ -120,17 +126,18 @@ impl Owner {
         let (changer, current) = (self.changer(), self.current.clone());
         let shared = Arc::clone(&self.shared);
         async move {
-            let entries = shared.view.read_back(&writer, last).await.unwrap_or_default();
+            let range = EntryRange { first: EntryId(0), last };
+            let entries = shared.view.read_back(&writer, range).await.unwrap_or_default();
             let mut fold = Fold::default();
             let whole = entries.iter().all(|entry| fold.apply(&entry.payload.to_bytes()).is_ok());
             if !whole || fold.complete() == 0 {
                 let why = "the snapshot cannot be read back".to_owned();
-                return Done::Trimmed(Err(ChangeError::NotNow(why)), 0);
+                return Done::Trimmed(Err(ChangeError::NotNow(why)), None);
             }
             let listed = current.list.cursor_log.iter().map(|listed| listed.id);
             let superseded: Vec<LedgerId> =
                 listed.filter(|id| *id != writer.id()).take(LEDGERS_PER_TXN).collect();
-            Done::Trimmed(changer.drop_cursor_ledgers(current, &superseded, Vec::new()).await, 0)
+            Done::Trimmed(changer.drop_cursor_ledgers(current, &superseded, Vec::new()).await, None)
         }
         .boxed()
     }
@@ -161,9 +168,13 @@ impl Owner {
             Done::Closed(log, Ok((current, next))) => self.closed(log, current, next),
             Done::Trimmed(Ok(current), covered) => {
                 self.current = current;
-                self.data_since_dedup -= covered.min(self.data_since_dedup);
+                if let Some((bytes, next)) = covered {
+                    self.data_since_dedup -= bytes.min(self.data_since_dedup);
+                    self.tier.dedup.inline(next);
+                }
                 self.show();
             }
+            Done::Tier(done) => self.tier_done(done),
             // Nothing happened, and nothing depends on it: the next snapshot or rest tries again.
             Done::Trimmed(Err(ChangeError::NotNow(why)), _) => {
                 tracing::info!(topic = self.shared.segment.topic.0, why, "cursor log not trimmed");
@@ -182,6 +193,7 @@ impl Owner {
                 self.want.roll_data = false; // that was about the ledger before
                 self.data_ledger =
                     OpenLedger { opened_at: Some(Instant::now()), counts: Counts::default() };
+                *self.shared.open_counts.lock() = Counts::default();
                 self.data.open(writer);
             }
             Log::Cursor => {
@@ -232,6 +244,7 @@ impl Owner {
 
     fn closed(&mut self, log: Log, current: Current, next: Option<LedgerWriter>) {
         self.current = current;
+        self.tier.due = true;
         match log {
             Log::Data => self.data.idle(),
             Log::Cursor => self.log.idle(),
@@ -248,7 +261,7 @@ impl Owner {
     }
 
     /// Readers see the list and the open ledger as they are now.
-    fn show(&self) {
+    pub(super) fn show(&self) {
         self.shared.view.update(&self.current.list, self.data.writer().cloned());
     }
 

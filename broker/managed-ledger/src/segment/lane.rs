@@ -6,7 +6,7 @@
 //! ```
 //! After a write failure everything not acknowledged is sent again to the next ledger, once the old one is closed (M2).
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesOrdered};
 use geminga_bookie_client::{AppendError, AppendFuture, LedgerWriter, Poison, entry::Payload};
@@ -24,6 +24,8 @@ pub(super) struct Lane<T> {
     poisoned: Option<BoxFuture<'static, Poison>>,
     /// Since when something waits and no ledger is open for it.
     waiting_since: Option<Instant>,
+    /// Since when no entry in flight was answered; none while nothing is.
+    silent_since: Option<Instant>,
 }
 
 /// Where the log's ledger is.
@@ -68,6 +70,7 @@ impl<T> Lane<T> {
             blocked: None,
             poisoned: None,
             waiting_since: None,
+            silent_since: None,
         }
     }
 
@@ -92,6 +95,7 @@ impl<T> Lane<T> {
     pub(super) fn idle(&mut self) {
         debug_assert!(self.in_flight.is_empty());
         (self.phase, self.sent, self.poisoned, self.blocked) = (Phase::Idle, 0, None, None);
+        self.silent_since = None;
     }
 
     /// The open ledger's writer.
@@ -123,6 +127,11 @@ impl<T> Lane<T> {
         self.waiting_since = waits.then(|| self.waiting_since.unwrap_or_else(Instant::now));
     }
 
+    /// Whether entries are in flight and none was answered for this long.
+    pub(super) fn overdue(&self, patience: Duration) -> bool {
+        self.silent_since.is_some_and(|since| since.elapsed() > patience)
+    }
+
     pub(super) fn waiting_since(&self) -> Option<Instant> {
         self.waiting_since
     }
@@ -145,6 +154,7 @@ impl<T> Lane<T> {
                 None => {
                     self.in_flight.push_back(append);
                     self.sent += 1;
+                    self.silent_since.get_or_insert_with(Instant::now);
                 }
             }
         }
@@ -182,6 +192,7 @@ impl<T> Lane<T> {
     }
 
     fn judge(&mut self, answer: Result<EntryId, AppendError>) -> Appended {
+        self.silent_since = (!self.in_flight.is_empty()).then(Instant::now);
         match answer {
             Ok(entry) => {
                 self.sent -= 1;

@@ -10,28 +10,34 @@
 mod cursors;
 mod jobs;
 mod lane;
+mod outage;
 mod owner;
 mod publish;
+mod tier;
+mod tiering;
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use geminga_proto::{
-    ids::{Epoch, Offset, SegmentId, SubscriptionId},
+    ids::{Epoch, LedgerId, Offset, SegmentId, SubscriptionId},
     v1::DurabilityLevel,
 };
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
+    backlog::{self, Backlog},
     change::Current,
     cursor::Cursor,
     dedup::{ProducerId, Window},
     error::{ProducerError, PublishError, ReadError, SettleError},
     factory::ManagedLedgers,
+    list::Counts,
+    offload::TierPolicy,
     read::View,
     types::{
         CursorView, Outcome, ProducerOpen, ProducerOpened, PublishBatch, Settlement, Start, Stats,
-        Status, Stored, StoredBatch, Waiting,
+        Status, Stored, StoredBatch, TierProgress, Waiting,
     },
 };
 
@@ -45,11 +51,17 @@ pub struct ManagedLedger {
 /// What the owner and its readers share.
 #[derive(Debug)]
 pub(crate) struct Shared {
+    ledgers: ManagedLedgers,
     segment: SegmentId,
     epoch: Epoch,
     ack_quorum: usize,
-    view: View,
+    view: Arc<View>,
+    /// None until somebody decides (see [`TierPolicy`]).
+    policy: watch::Sender<Option<TierPolicy>>,
+    tier_errors: Mutex<tier::TierErrors>,
     end: watch::Sender<Offset>,
+    /// What is confirmed in the open data ledger.
+    open_counts: Mutex<Counts>,
     status: watch::Sender<Status>,
     /// As they are durable.
     cursors: Mutex<BTreeMap<SubscriptionId, Cursor>>,
@@ -63,6 +75,10 @@ enum Command {
     Publish(PublishBatch, oneshot::Sender<Result<Stored, PublishError>>),
     OpenProducer(ProducerOpen, oneshot::Sender<Result<ProducerOpened, ProducerError>>),
     Cursor(CursorChange, oneshot::Sender<Result<Offset, SettleError>>),
+    /// Whether the open ledger is rolled first; who listens.
+    Offload(bool, mpsc::Sender<TierProgress>),
+    /// Close this ledger and go on in the next, if it is open.
+    Roll(LedgerId),
     Close(oneshot::Sender<()>),
 }
 
@@ -80,24 +96,30 @@ pub(crate) struct Loaded {
     pub(crate) window: Window,
     /// Data bytes that were replayed, as the next load would (DD2).
     pub(crate) replayed_bytes: u64,
+    /// Where that began: trims never pass it.
+    pub(crate) dedup_next: Offset,
 }
 
 /// Starts the owner of a loaded segment.
 pub(crate) fn start(
     ledgers: ManagedLedgers,
     segment: SegmentId,
-    view: View,
+    view: Arc<View>,
     cursors: BTreeMap<SubscriptionId, Cursor>,
     loaded: Loaded,
 ) -> ManagedLedger {
     let config = &ledgers.parts().config;
     let (commands, received) = mpsc::channel(config.commands_max);
     let shared = Arc::new(Shared {
+        ledgers: ledgers.clone(),
         segment,
         epoch: loaded.current.list.epoch,
         ack_quorum: config.quorum.ack(),
         view,
+        policy: watch::Sender::new(None),
+        tier_errors: Mutex::default(),
         end: watch::Sender::new(loaded.current.list.closed_end()),
+        open_counts: Mutex::default(),
         status: watch::Sender::new(Status::Serving),
         cursors: Mutex::new(cursors),
         ended_streams: Mutex::default(),
@@ -135,7 +157,7 @@ impl ManagedLedger {
     /// The first offset kept.
     #[must_use]
     pub fn first_offset(&self) -> Offset {
-        self.shared.view.list().first_offset
+        self.shared.view.first_offset()
     }
 
     /// Figures.
@@ -144,7 +166,7 @@ impl ManagedLedger {
         let list = self.shared.view.list();
         let closed: u64 = list.data.iter().map(|listed| listed.counts.bytes).sum();
         Stats {
-            first_offset: list.first_offset,
+            first_offset: self.first_offset(),
             next_offset: *self.shared.end.borrow(),
             ledgers: list.data.len(),
             stored_bytes: closed + self.shared.view.open_bytes(),
@@ -221,6 +243,13 @@ impl ManagedLedger {
         self.shared.cursors.lock().get(&subscription).map(|cursor| cursor.view(end))
     }
 
+    /// What lies from `from` to the end, for metrics: bytes and age are estimates.
+    #[must_use]
+    pub fn backlog(&self, from: Offset) -> Backlog {
+        let open = *self.shared.open_counts.lock();
+        backlog::estimate(&self.shared.view.list(), &open, from)
+    }
+
     /// Confirmed batches from the one that contains `from` on: at least one if there is any, about `bytes_max` payload bytes
     /// or `messages_max` messages. Cancel-safe.
     ///
@@ -238,6 +267,12 @@ impl ManagedLedger {
             (Err(_), Status::Fenced(_)) => Err(ReadError::Fenced),
             _ => answer,
         }
+    }
+
+    /// Closes this ledger, data or cursor log, and goes on in the next, if it is the open one: its missing copies can be made
+    /// then (A3). Asks only; whoever needs it asks again.
+    pub fn roll(&self, ledger: LedgerId) {
+        let _asked_again_later = self.commands.try_send(Command::Roll(ledger));
     }
 
     /// Clean end: what is pending is finished, the ledgers are closed. Idempotent.

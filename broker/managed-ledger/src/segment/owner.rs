@@ -8,9 +8,10 @@ use std::{
     time::Duration,
 };
 
-use geminga_bookie_client::Poison;
+use bytes::Bytes;
+use geminga_bookie_client::{LedgerWriter, Poison, entry::Payload};
 use geminga_proto::{
-    ids::{EntryId, Offset, SubscriptionId},
+    ids::{EntryId, LedgerId, Offset, SubscriptionId},
     storage::v1::DedupSnapshot,
 };
 use tokio::{
@@ -23,7 +24,8 @@ use super::{
     cursors::{Group, Waiting},
     jobs::{Done, Job, RETRY_PAUSE},
     lane::{Lane, LaneEvent},
-    publish::{Answer, Batch, Opening},
+    publish::{Answer, Item, Opening},
+    tier::{Tier, TierEvent},
 };
 use crate::{
     change::Current,
@@ -43,9 +45,11 @@ pub(super) struct Owner {
     pub(super) ledgers: ManagedLedgers,
     pub(super) shared: Arc<Shared>,
     pub(super) current: Current,
-    pub(super) data: Lane<Batch>,
+    pub(super) data: Lane<Item>,
     pub(super) log: Lane<Group>,
     pub(super) job: Option<Job>,
+    /// When ledgers were last looked at while the store did not answer.
+    pub(super) probed_at: Option<Instant>,
     /// Not before this is the next list change tried, after one that did not happen.
     pub(super) retry_at: Option<Instant>,
     /// Why the last ledger could not be made.
@@ -61,6 +65,7 @@ pub(super) struct Owner {
     /// Runs above mark-delete in records that wait or are under way.
     pub(super) queued_runs: BTreeMap<SubscriptionId, usize>,
     pub(super) want: Want,
+    pub(super) tier: Tier,
     pub(super) data_ledger: OpenLedger,
     pub(super) snapshot_bytes: u64,
     pub(super) delta_bytes: u64,
@@ -98,6 +103,7 @@ impl Owner {
     pub(super) fn new(ledgers: ManagedLedgers, shared: Arc<Shared>, loaded: Loaded) -> Self {
         let next_offset = loaded.current.list.closed_end();
         ledgers.parts().metrics.segments.inc();
+        let tier = Tier::new(shared.policy.subscribe(), loaded.dedup_next);
         Self {
             ledgers,
             shared,
@@ -105,6 +111,7 @@ impl Owner {
             data: Lane::new(),
             log: Lane::new(),
             job: None,
+            probed_at: None,
             retry_at: None,
             refusal: String::new(),
             window: loaded.window,
@@ -114,6 +121,7 @@ impl Owner {
             settles: VecDeque::new(),
             queued_runs: BTreeMap::new(),
             want: Want::default(),
+            tier,
             data_ledger: OpenLedger::default(),
             snapshot_bytes: 0,
             delta_bytes: 0,
@@ -137,6 +145,8 @@ impl Owner {
                 break;
             }
             let patience_ends = self.patience_ends();
+            let probe_at = self.probe_at();
+            let standing_turns = self.standing_turns(probe_at.is_none());
             tokio::select! {
                 biased;
                 () = &mut stopped => self.fence("the broker is stopping"),
@@ -163,6 +173,12 @@ impl Owner {
                         self.begin_close(None);
                     }
                 },
+                event = self.tier.next() => match event {
+                    TierEvent::PolicySet => self.tier.due = true,
+                    TierEvent::UploadEnded(outcome) => self.upload_ended(outcome),
+                },
+                () = standing_turns => self.probed_at = None,
+                () = until(probe_at) => self.probe(),
                 () = until(self.retry_at) => self.retry_at = None,
                 () = until(patience_ends) => self.out_of_patience(),
                 _ = tick.tick() => self.on_tick(),
@@ -182,8 +198,16 @@ impl Owner {
             Command::Publish(batch, answer) => self.publish(batch, answer),
             Command::OpenProducer(open, answer) => self.open_producer(open, answer),
             Command::Cursor(change, answer) => self.change_cursor(change, answer),
+            Command::Offload(roll, watcher) => self.begin_offload(roll, watcher),
+            Command::Roll(ledger) => self.roll(ledger),
             Command::Close(answer) => self.begin_close(Some(answer)),
         }
+    }
+
+    fn roll(&mut self, ledger: LedgerId) {
+        let is_open = |writer: Option<&LedgerWriter>| writer.is_some_and(|w| w.id() == ledger);
+        self.want.roll_data |= self.data.is_open() && is_open(self.data.writer());
+        self.want.roll_log |= self.log.is_open() && is_open(self.log.writer());
     }
 
     fn poisoned(&mut self, log: Log, poison: Poison) {
@@ -209,9 +233,16 @@ impl Owner {
     /// Starts whatever can be started; level-triggered.
     fn progress(&mut self) {
         self.form_group();
-        self.data.send(|batch| entry_header::encode(&batch.header, batch.payload.clone()));
+        let now_ms = self.now_ms();
+        self.data.send(|item| match item {
+            Item::Batch(batch) => Payload {
+                trace: batch.trace,
+                ..entry_header::encode(&batch.header, batch.payload.clone())
+            },
+            Item::Probe(at) => entry_header::encode(&Self::probe_header(*at, now_ms), Bytes::new()),
+        });
         self.log.send(Group::payload);
-        if self.job.is_none() && self.retry_at.is_none() {
+        if self.job.is_none() && self.retry_at.is_none() && self.may_change() {
             self.job = self.next_job();
         }
         self.note_waiting();
@@ -246,6 +277,7 @@ impl Owner {
         {
             self.want.rest = true;
         }
+        self.tier.due = true;
         self.note_ended_streams();
         self.window.expire_sessions(self.now_ms().saturating_sub(session_idle_ms));
     }
@@ -295,6 +327,8 @@ impl Owner {
                 Command::Publish(_, answer) => drop(answer.send(Err(PublishError::Fenced))),
                 Command::OpenProducer(_, answer) => drop(answer.send(Err(ProducerError::Fenced))),
                 Command::Cursor(_, answer) => drop(answer.send(Err(SettleError::Fenced))),
+                Command::Offload(_, watcher) => drop(watcher),
+                Command::Roll(_) => {}
                 Command::Close(answer) => drop(answer.send(())),
             }
         }

@@ -6,7 +6,7 @@ use geminga_proto::{
     ids::{EntryId, Offset},
     storage::v1::{EntryHeader, entry_header::Producer},
 };
-use geminga_runtime::budget::Permit;
+use geminga_runtime::{budget::Permit, telemetry::TraceContext};
 use prost::Message;
 use tokio::{sync::oneshot, time::Instant};
 
@@ -31,11 +31,19 @@ pub(super) struct Batch {
     hi: u64,
     pub(super) header: EntryHeader,
     pub(super) payload: Bytes,
+    pub(super) trace: Option<TraceContext>,
     answer: Answer<Stored, PublishError>,
     /// Repeats of the same batch that came meanwhile (DD1).
     attached: Vec<Answer<Stored, PublishError>>,
     taken_at: Instant,
     _permit: Permit,
+}
+
+/// What goes into the data log.
+pub(super) enum Item {
+    Batch(Box<Batch>),
+    /// An entry without messages, at the offset of the next batch: it shows that the ledger still takes adds (O3).
+    Probe(Offset),
 }
 
 /// A stream about to be opened.
@@ -143,6 +151,10 @@ impl Owner {
         let now_ms = self.now_ms();
         let chain = Chain { prev: batch.prev, lo: batch.lo, hi: batch.hi };
         let refusal = match self.window.check(&batch.producer, batch.stream_number, chain, now_ms) {
+            Verdict::Accept if self.refuses_batches() => {
+                self.window.take_back(&batch.producer, chain);
+                PublishError::MetadataUnavailable
+            }
             Verdict::Accept => return self.take_up(batch, answer, now_ms),
             Verdict::Stored(base_offset) => {
                 let _ =
@@ -150,8 +162,13 @@ impl Owner {
                 return;
             }
             Verdict::Pending => {
-                let same = |one: &&mut Batch| one.hi == batch.hi && one.producer == batch.producer;
-                match self.data.pending.iter_mut().find(same) {
+                let batches = self.data.pending.iter_mut().filter_map(|item| match item {
+                    Item::Batch(batch) => Some(batch),
+                    Item::Probe(_) => None,
+                });
+                let same =
+                    |one: &&mut Box<Batch>| one.hi == batch.hi && one.producer == batch.producer;
+                match batches.into_iter().find(same) {
                     Some(pending) => pending.attached.push(answer),
                     None => drop(answer.send(Err(PublishError::SequenceConflict))),
                 }
@@ -186,18 +203,20 @@ impl Owner {
             uncompressed_size: batch.uncompressed_size,
             index: Some(batch.index),
             control: None,
+            traceparent: batch.traceparent,
         };
         self.next_offset = self.next_offset.advance(u64::from(batch.count));
-        self.data.pending.push_back(Batch {
+        self.data.pending.push_back(Item::Batch(Box::new(Batch {
             producer: batch.producer,
             hi: batch.hi,
             header,
             payload: batch.payload,
+            trace: batch.trace,
             answer,
             attached: Vec::new(),
             taken_at: self.last_activity,
             _permit: batch.permit,
-        });
+        })));
     }
 
     pub(super) fn data_appended(&mut self, outcome: Appended) {
@@ -220,6 +239,9 @@ impl Owner {
         }
         // The end moves before the receipts go out: who has one finds its message.
         if let Some((entry, end)) = last {
+            let mut counts = self.data_ledger.counts;
+            counts.bytes = self.data.writer().map_or(0, LedgerWriter::length);
+            *self.shared.open_counts.lock() = counts;
             self.shared.view.confirmed(entry);
             self.shared.end.send_replace(end);
         }
@@ -232,7 +254,11 @@ impl Owner {
 
     /// The oldest batch is durable; the end after it.
     fn confirm(&mut self, entry: EntryId, keep: bool) -> Option<Offset> {
-        let batch = self.data.pending.pop_front()?;
+        let item = self.data.pending.pop_front()?;
+        let Item::Batch(batch) = item else {
+            self.data_ledger.counts.entries = entry.0 + 1;
+            return Some(*self.shared.end.borrow());
+        };
         let ledger = self.data.writer().map(LedgerWriter::id)?;
         let (base, count) = (Offset(batch.header.base_offset), batch.header.count);
         self.window.on_stored(&batch.producer, batch.hi, base);
@@ -241,7 +267,7 @@ impl Owner {
         counts.entries = entry.0 + 1;
         counts.records += u64::from(count);
         counts.last_publish_ms = batch.header.publish_time_ms;
-        if entry.0 == 0 {
+        if counts.first_publish_ms == 0 {
             counts.first_publish_ms = batch.header.publish_time_ms;
         }
         self.data_since_dedup += batch.payload.len() as u64;
@@ -272,7 +298,8 @@ impl Owner {
 
     /// Ends everything taken up; the caller knows what that means for each.
     pub(super) fn fail_batches(&mut self, error: &PublishError) {
-        for batch in std::mem::take(&mut self.data.pending) {
+        for item in std::mem::take(&mut self.data.pending) {
+            let Item::Batch(batch) = item else { continue };
             for answer in batch.attached.into_iter().chain([batch.answer]) {
                 let _ = answer.send(Err(error.clone()));
             }

@@ -229,7 +229,7 @@ async fn a_damaged_entry_of_the_cursor_log_redelivers_and_never_skips() {
         for n in 0..6 {
             log.settle(SUB, accept(&[(n, n), (20 + n, 20 + n)])).await.expect("settled");
         }
-        let log_ledger = world.list().await.cursor_log[0];
+        let log_ledger = world.list().await.cursor_log[0].clone();
         node.kill();
         lost.lock().push((log_ledger.id, EntryId(damaged)));
         let node = world.node();

@@ -15,7 +15,8 @@ use geminga_bookie_client::{
     },
 };
 use geminga_metadata::{
-    FaultPlan, FaultyStore, Key, MemoryStore, MetadataStore, Op, SharedStore, Txn, TxnOutcome, keys,
+    Cluster, FaultPlan, FaultyStore, Key, MemoryStore, MetadataStore, Op, SharedStore, Standing,
+    Txn, TxnOutcome, keys,
 };
 use geminga_proto::{
     ids::{Bundle, EntryId, Incarnation, LedgerId, Offset, SegmentId, SubscriptionId, TopicId},
@@ -34,13 +35,14 @@ use prost::Message;
 use tokio::time::Instant;
 
 use crate::{
-    Claim, ManagedLedger, ManagedLedgerConfig, ManagedLedgerMetrics, ManagedLedgers,
+    Claim, ColdStorage, ManagedLedger, ManagedLedgerConfig, ManagedLedgerMetrics, ManagedLedgers,
     ManagedLedgersParts, Outcome, ProducerError, ProducerIdentity, ProducerOpen, PublishBatch,
     PublishError, Status, Stored,
     cursor_log::LogState,
     dedup::ProducerId,
     list::{List, ListedState},
     load::load_cursor_log,
+    offload::Stage,
     read::View,
 };
 
@@ -56,6 +58,15 @@ pub(super) struct World {
     pub(super) random: Random,
     pub(super) clock: ManualClock,
     pub(super) claim: Claim,
+    /// What nodes made from now on have as cold storage.
+    pub(super) cold: Option<ColdStorage>,
+    pub(super) standing: Standing,
+}
+
+/// The cluster's record.
+pub(super) fn cluster(generation: u8, confirmed: u8) -> Vec<u8> {
+    let id = "a cluster".to_owned();
+    Cluster { id, generation, confirmed, feature_level: 1, bundles: 1_024 }.encode()
 }
 
 /// One broker's process.
@@ -79,6 +90,7 @@ impl World {
         let owner = keys::owner(Bundle(3));
         let txn = Txn::new()
             .then(Op::put(owner.clone(), "a broker"))
+            .then(Op::put(keys::cluster(), cluster(0, 0)))
             .then(ManagedLedgers::initial_list(SEGMENT));
         let TxnOutcome::Done(create_revision) = store.txn(txn).await.expect("the store answers")
         else {
@@ -92,6 +104,8 @@ impl World {
             random,
             clock: ManualClock::new(Timestamp(1_000_000)),
             claim: Claim { key: owner, create_revision },
+            cold: None,
+            standing: Standing::always(),
         };
         for bookie in 1..=bookies {
             world.bookies.insert(bookie, MemoryBookie::new(Incarnation(bookie)));
@@ -150,6 +164,7 @@ impl World {
             tasks: tasks.child("ledgers"),
             config: LedgerClientConfig::default(),
             metrics: ClientMetrics::default(),
+            standing: self.standing.clone(),
         });
         let mut config = ManagedLedgerConfig::default();
         change(&mut config);
@@ -162,6 +177,7 @@ impl World {
             tasks: tasks.child("segments"),
             config,
             metrics: metrics.clone(),
+            cold: self.cold.clone(),
         });
         Node { ledgers, tasks, metrics, claim: self.claim.clone() }
     }
@@ -201,6 +217,10 @@ impl World {
         for ledger in self.ledgers().await {
             let listed = list.ledgers().find(|(_, listed)| listed.id == ledger.id);
             match listed {
+                Some((_, listed)) if listed.stage() == Some(Stage::LedgerDeleted) => assert!(
+                    matches!(ledger.state, geminga_bookie_client::LedgerState::Deleted { .. }),
+                    "{listed:?}"
+                ),
                 Some((_, listed)) => {
                     assert_eq!(
                         listed.state == ListedState::Closed,
@@ -226,7 +246,7 @@ impl Node {
     /// What the cursor log holds, as a load would find it; and the end of the log.
     pub(super) async fn log_state(&self) -> (LogState, Offset) {
         let taken = self.ledgers.take_over(SEGMENT, None).await.expect("taken over");
-        let view = View::new(self.ledgers.clone(), taken.list.clone());
+        let view = View::new(self.ledgers.clone(), SEGMENT, taken.list.clone());
         let state = load_cursor_log(&self.ledgers, &view, &taken.list).await.expect("readable");
         (state, taken.list.closed_end())
     }
@@ -288,6 +308,8 @@ impl Producer {
             uncompressed_size: payload.len() as u32,
             index: RecordIndex::default(),
             payload,
+            traceparent: String::new(),
+            trace: None,
             permit,
         }
     }

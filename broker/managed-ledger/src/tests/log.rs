@@ -144,7 +144,7 @@ async fn damage_in_one_ledger_does_not_hide_what_lies_before_it() {
         producer.store(&log, 6).await;
         pass(0.5).await;
     }
-    let second = world.list().await.data[1];
+    let second = world.list().await.data[1].clone();
     lost.lock().push((second.id, geminga_proto::ids::EntryId(0)));
     let before = log.read(offset(0), 1 << 20, 1_000).await.expect("the first ledger is fine");
     let end = before.last().map(|batch| batch.base_offset.advance(u64::from(batch.header.count)));

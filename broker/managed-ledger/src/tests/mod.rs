@@ -7,4 +7,8 @@ mod failures;
 mod harness;
 mod life;
 mod log;
+mod outage;
 mod takeover;
+mod tier;
+mod tier_faults;
+mod trim;

@@ -54,7 +54,13 @@ impl WriterCore {
             .slots
             .iter()
             .any(|slot| slot.wants_replacement(short, self.is_pressed(), now, &self.config));
-        if urgent && now >= self.look_after {
+        if self.provisional {
+            if urgent && now >= self.look_after {
+                self.without_replacement(short, false, now);
+                self.note_overdue(now); // entries were given up: another one is the oldest now
+            }
+            self.next_wish = self.next_wish.max(now + self.wish_interval());
+        } else if urgent && now >= self.look_after {
             self.look(false);
         } else if now >= self.next_wish {
             self.look(true);
@@ -227,7 +233,7 @@ impl WriterCore {
     }
 
     fn suspend(&mut self, slot: Slot, now: Instant) {
-        self.actions.push(Action::List);
+        self.list();
         let state = &mut self.slots[slot.0];
         state.suspended = true;
         state.waiting.clear();

@@ -1,0 +1,38 @@
+//! How long messages are kept, and where. Plain data, set per segment.
+
+use std::time::Duration;
+
+/// Tiering and retention of a segment. As long as none was set nothing is trimmed, offloaded or deleted: dropping a message
+/// is always somebody's decision.
+///
+/// Messages that every subscription has settled are *settled*. Without retention a ledger goes once all of it is settled and
+/// there is at least one subscription; without a subscription it stays. With retention a settled ledger is kept while it is
+/// younger than `retention_ms` *and* the ledgers after it hold less than `retention_bytes`; a topic without subscriptions
+/// counts as settled, so retention alone makes a log of bounded length. A message that some subscription has not settled is
+/// never trimmed, whatever retention says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TierPolicy {
+    /// Closed ledgers whose last message is older than this are offloaded.
+    pub offload_after: Option<Duration>,
+    /// Closed ledgers are offloaded, oldest first, while more bytes than this lie on bookies alone.
+    pub offload_above_bytes: Option<u64>,
+    /// From the end of an upload to the deletion of the ledger on bookies (X3).
+    pub delete_lag: Duration,
+    /// Settled messages are kept no longer than this. Zero: not at all.
+    pub retention_ms: Option<u64>,
+    /// And no more than so many bytes, over both tiers.
+    pub retention_bytes: Option<u64>,
+}
+
+impl Default for TierPolicy {
+    /// Nothing is offloaded; what all subscriptions have settled is trimmed.
+    fn default() -> Self {
+        Self {
+            offload_after: None,
+            offload_above_bytes: None,
+            delete_lag: Duration::from_secs(4 * 3600),
+            retention_ms: None,
+            retention_bytes: None,
+        }
+    }
+}
