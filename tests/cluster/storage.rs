@@ -101,6 +101,7 @@ async fn an_object_store_that_fails_for_a_minute_stops_no_traffic_and_is_caught_
         load.goes_on("the object store is away").await;
     }
     s3.restart().await;
+    load.goes_on("the object store is back").await; // the next upload is tried within half a minute
     eventually("ledgers are uploaded", async || {
         let tier = cluster.cli(&["tier", "status", "orders"]).await;
         tier[0]["both"].as_u64().is_some_and(|both| both > 0).then_some(())

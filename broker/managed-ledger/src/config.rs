@@ -41,7 +41,7 @@ pub struct ManagedLedgerConfig {
     pub object_block_bytes: u64,
     /// And where blocks lie in objects.
     pub object_index_bytes: u64,
-    /// Pause after an upload that failed; doubled for each further one, at most ten minutes.
+    /// Pause after an upload that failed; doubled for each further one, at most 30 s: a healed store is found soon.
     pub offload_retry: Duration,
     /// While the metadata store does not answer: an add without an answer for so long ends the segment (O3).
     pub probe_overdue: Duration,

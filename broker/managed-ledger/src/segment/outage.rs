@@ -58,7 +58,7 @@ impl Owner {
 
     /// Shows that the segment is still ours, or ends it.
     pub(super) fn probe(&mut self) {
-        self.probed_at = Some(Instant::now());
+        let first_look = self.probed_at.replace(Instant::now()).is_none();
         if self.job.is_some() {
             return; // its outcome is waited for (MD3)
         }
@@ -70,7 +70,8 @@ impl Owner {
             return self.fence("the metadata store does not answer, and no ledger is open");
         }
         let overdue = self.ledgers.parts().config.probe_overdue;
-        if self.data.overdue(overdue) || self.log.overdue(overdue) {
+        // What was slow while the store still answered has until the next look.
+        if !first_look && (self.data.overdue(overdue) || self.log.overdue(overdue)) {
             return self.fence("the metadata store does not answer, and an add is overdue");
         }
         if self.data.is_open() && self.data.is_empty() {

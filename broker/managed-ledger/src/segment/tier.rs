@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// Longest pause after failed uploads.
-const RETRY_MAX: Duration = Duration::from_secs(600);
+const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// What the owner knows of its old ledgers, besides the list.
 pub(super) struct Tier {
