@@ -59,7 +59,7 @@ async fn with_exactly_e_bookies_one_may_be_down_and_topics_are_created_and_serve
 async fn two_of_five_bookies_die_in_sequence_and_what_they_held_is_copied() {
     let spec = ClusterSpec {
         bookies: vec![BookieSpec::default(); 5],
-        settings: vec![("bookie-lost-after-ms", "5000".into())],
+        settings: vec![("bookie-lost-after-ms", "5000".into()), ("bookie-scan-ms", "5000".into())],
         ..ClusterSpec::default()
     };
     let mut cluster = Cluster::start(spec).await;

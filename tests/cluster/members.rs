@@ -62,6 +62,7 @@ async fn a_rolling_restart_of_everything_loses_nothing() {
 async fn a_wiped_bookie_is_refused_and_a_new_incarnation_gets_its_copies() {
     let mut cluster = Cluster::start(ClusterSpec {
         bookies: vec![BookieSpec::default(); 4],
+        settings: vec![("bookie-scan-ms", "5000".into())],
         ..ClusterSpec::default()
     })
     .await;
