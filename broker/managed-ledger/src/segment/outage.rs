@@ -30,11 +30,16 @@ impl Owner {
         self.ledgers.parts().client.standing().confirmed()
     }
 
-    /// Waits until list changes may, or may not, be started (any more).
-    pub(super) fn standing_turns(&self, from: bool) -> impl Future<Output = ()> + use<> {
+    /// Waits until the answer of [`Self::may_change`] is another one than now.
+    pub(super) fn standing_turns(&self) -> impl Future<Output = ()> + use<> {
         let standing = self.ledgers.parts().client.standing().clone();
+        let confirmed = standing.confirmed();
         async move {
-            if from { standing.until_provisional().await } else { standing.until_confirmed().await }
+            if confirmed {
+                standing.until_provisional().await;
+            } else {
+                standing.until_confirmed().await;
+            }
         }
     }
 

@@ -137,6 +137,7 @@ impl Owner {
     pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         let token = self.ledgers.cancel();
         let mut stopped = pin!(token.cancelled());
+        let mut standing_turns = pin!(self.standing_turns());
         let mut tick = interval_at(Instant::now() + TICK, TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while self.fenced.is_none() {
@@ -146,7 +147,6 @@ impl Owner {
             }
             let patience_ends = self.patience_ends();
             let probe_at = self.probe_at();
-            let standing_turns = self.standing_turns(probe_at.is_none());
             tokio::select! {
                 biased;
                 () = &mut stopped => self.fence("the broker is stopping"),
@@ -177,7 +177,10 @@ impl Owner {
                     TierEvent::PolicySet => self.tier.due = true,
                     TierEvent::UploadEnded(outcome) => self.upload_ended(outcome),
                 },
-                () = standing_turns => self.probed_at = None,
+                () = &mut standing_turns => {
+                    self.probed_at = None;
+                    standing_turns.set(self.standing_turns());
+                }
                 () = until(probe_at) => self.probe(),
                 () = until(self.retry_at) => self.retry_at = None,
                 () = until(patience_ends) => self.out_of_patience(),
