@@ -29,7 +29,7 @@ use geminga_managed_ledger::{
     ManagedLedgers, ManagedLedgersParts,
 };
 use geminga_metadata::{
-    EmbeddedStore, MetadataMetrics, MeteredStore, SharedStore, Standing, ensure_cluster,
+    BUNDLES, EmbeddedStore, MetadataMetrics, MeteredStore, SharedStore, Standing, ensure_cluster,
 };
 use geminga_runtime::{
     clock::{SharedClock, SystemClock},
@@ -43,8 +43,6 @@ use tokio::sync::watch;
 
 /// Most bookies in one process.
 pub(crate) const BOOKIES_MAX: u32 = 16;
-/// Bundles of a directory that is new.
-const BUNDLES: u32 = 1_024;
 /// Time for tasks to end after the parts they belong to have.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use geminga_metadata::BUNDLES;
+
 /// Settings of one bookie. Sizes in bytes.
 #[derive(Clone, Debug)]
 pub struct BookieConfig {
@@ -98,7 +100,7 @@ impl Default for BookieConfig {
             checkpoint_interval: Duration::from_secs(60),
             checkpoint_rows_max: 200_000,
             free_files_max: 4,
-            bundles: 1024,
+            bundles: BUNDLES,
             disk: DiskLimits::default(),
             lease_ttl: Duration::from_secs(5),
             gc_interval: Duration::from_secs(60),

@@ -4,7 +4,7 @@ use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use geminga_managed_ledger::ManagedLedgers;
 use geminga_metadata::{
-    ClusterError, LeaseKeeper, SharedStore, Standing, StandingSetter, ensure_cluster,
+    BUNDLES, ClusterError, LeaseKeeper, SharedStore, Standing, StandingSetter, ensure_cluster,
 };
 use geminga_proto::{
     FILE_DESCRIPTOR_SET,
@@ -46,8 +46,6 @@ use crate::{
     tier,
 };
 
-/// Bundles of a cluster that this broker is the first to start in.
-const BUNDLES: u32 = 1_024;
 /// HTTP/2 flow-control windows, bytes.
 const WINDOW_BYTES: u32 = 4 * 1024 * 1024;
 /// Largest header list of a request, bytes: what may come before anybody is authenticated (S4).

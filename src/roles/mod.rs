@@ -18,8 +18,8 @@ use geminga_bookie_client::{
     },
 };
 use geminga_metadata::{
-    Cluster, ClusterError, EtcdConfig, EtcdStore, EtcdTls, MetadataMetrics, MeteredStore, Secret,
-    SharedStore, StoreError, ensure_cluster,
+    BUNDLES, Cluster, ClusterError, EtcdConfig, EtcdStore, EtcdTls, MetadataMetrics, MeteredStore,
+    Secret, SharedStore, StoreError, ensure_cluster,
 };
 use geminga_runtime::{
     clock::{SharedClock, SystemClock},
@@ -43,8 +43,6 @@ use crate::{
     settings::{Effective, SettingsError},
 };
 
-/// Bundles of a cluster that this process is the first to reach.
-const BUNDLES: u32 = 1_024;
 /// What a process that waits says so once in this time.
 const WAIT_NOTE: Duration = Duration::from_secs(5);
 /// Pause between two tries to reach what is missing.
@@ -254,7 +252,7 @@ pub(crate) fn member_id(settings: &Effective, key: &'static str) -> Result<Strin
     Ok(id)
 }
 
-/// An address to bind to, and the one that others are told.
+/// The failure of a listener, with the flag that gives it another address.
 pub(crate) fn cannot_listen(
     settings: &Effective,
     key: &'static str,

@@ -17,6 +17,8 @@ use crate::{Committed, Compare, Op, SharedStore, StoreError, Txn, commit, keys};
 const FORMAT: u32 = 1;
 /// The feature level of this version (U2).
 pub const FEATURE_LEVEL: u32 = 1;
+/// Bundles of a new cluster (section 11): whoever makes it, they are the same.
+pub const BUNDLES: u32 = 1_024;
 /// How long [`ensure_cluster`] repeats its transaction while the store does not answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 

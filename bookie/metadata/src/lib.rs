@@ -26,7 +26,7 @@ mod standing;
 mod state;
 mod store;
 
-pub use cluster::{Cluster, ClusterError, FEATURE_LEVEL, ensure_cluster};
+pub use cluster::{BUNDLES, Cluster, ClusterError, FEATURE_LEVEL, ensure_cluster};
 pub use commit::{Committed, commit};
 pub use data::HistoryLimits;
 pub use election::Election;
