@@ -17,10 +17,12 @@ use std::{
     time::Duration,
 };
 
-use geminga_client::{Batching, Message, Routing, topic_name};
+use futures::StreamExt;
+use geminga_client::{Batching, Message, Routing, Start, topic_name};
+use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use tokio::time::{Instant, sleep};
 
-use harness::{BookieSpec, Cluster, ClusterSpec, Load, eventually};
+use harness::{BookieSpec, Cluster, ClusterSpec, Load, S3, eventually};
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"))
@@ -238,6 +240,7 @@ async fn re_replication() {
         brokers: 1,
         settings: vec![
             ("bookie-lost-after-ms", "2000".into()),
+            ("bookie-scan-ms", "2000".into()),
             ("bookie-copy-bytes-per-second", "10000000000".into()),
         ],
         ..ClusterSpec::default()
@@ -252,22 +255,129 @@ async fn re_replication() {
     })
     .await;
     let begun = Instant::now();
-    eventually("all is copied", async || {
-        let status = cluster.cli(&["cluster", "status"]).await;
-        (status["ledgers_under_replicated"].as_u64()? == 0).then_some(())
+    let copied = async |cluster: &Cluster| {
+        let mut bytes = 0.0;
+        for bookie in ["bookie-0", "bookie-2", "bookie-3"] {
+            let name = "geminga_bookie_repair_bytes_total";
+            bytes += cluster.metric(bookie, name).await.expect("served");
+        }
+        bytes
+    };
+    // Only what is copied between the first look that sees a copy and the last is timed: the rest is waiting for the next scan.
+    let (mut first, mut last) = (None, (begun, 0.0));
+    let mut looks = 0_u32;
+    loop {
+        let bytes = copied(&cluster).await;
+        let now = Instant::now();
+        if bytes > last.1 {
+            first.get_or_insert((now, bytes));
+            last = (now, bytes);
+        }
+        looks += 1;
+        if looks.is_multiple_of(10) {
+            let status = cluster.cli(&["cluster", "status"]).await;
+            if status["ledgers_under_replicated"] == 0 {
+                break;
+            }
+        }
+        assert!(begun.elapsed() < Duration::from_secs(300), "not all is copied");
+        sleep(Duration::from_millis(50)).await;
+    }
+    let first = first.expect("something was copied");
+    println!(
+        "re-replication: {:.0} MB, all listed ledgers done in {:.1} s; {:.1} MB/s between the first and the last copy",
+        last.1 / 1e6,
+        begun.elapsed().as_secs_f64(),
+        (last.1 - first.1) / 1e6 / (last.0 - first.0).as_secs_f64()
+    );
+}
+
+/// Offload, and reading everything from the start: from bookies, from object storage, and a bare GET of the same objects.
+#[tokio::test(flavor = "multi_thread")]
+async fn tiering() {
+    let count = number("COUNT", 500_000);
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let s3 = S3::start(directory.path()).await;
+    let spec = ClusterSpec {
+        brokers: 1,
+        settings: vec![
+            ("tier-url", "s3://geminga/cold".to_owned()),
+            ("ledger-roll-bytes", (64 << 20).to_string()),
+        ],
+        environment: s3.environment(),
+        ..ClusterSpec::default()
+    };
+    let mut cluster = Cluster::start(spec).await;
+    let keep = ["--retention-ms", "86400000", "--retention-bytes", "1000000000000"];
+    cluster.cli(&[&["policy", "set"], &keep[..]].concat()).await;
+    let client = harness::client(&cluster).await;
+    client.admin().create_topic(&topic_name("cold").expect("a name"), 1).await.expect("created");
+    let producer = client.producer("cold").build().await.expect("opened");
+    // Blocks of objects are compressed: values that do not shrink are the honest ones.
+    let (mut noise, mut last) = (SmallRng::seed_from_u64(7), None);
+    for _ in 0..count {
+        let mut value = vec![0; 1024];
+        noise.fill_bytes(&mut value);
+        last = Some(producer.send(Message::new(value)).await.expect("taken"));
+    }
+    last.expect("one at least").await.expect("stored");
+    let megabytes = (count * 1024) as f64 / 1e6;
+
+    restart_broker(&mut cluster).await; // nothing in its cache
+    let from_bookies = read_all(&cluster, "from-bookies", count).await;
+    let begun = Instant::now();
+    cluster.cli(&["tier", "offload", "cold", "--roll"]).await;
+    let offload = begun.elapsed().as_secs_f64();
+    cluster.cli(&["policy", "set", "--delete-lag-ms", "0", "--offload-after-ms", "0"]).await;
+    eventually("bookies hold none of it", async || {
+        let tier = cluster.cli(&["tier", "status", "cold"]).await;
+        let only = tier[0]["object_only"].as_u64()?;
+        (only > 0 && Some(only) == tier[0]["ledgers"].as_u64()).then_some(())
     })
     .await;
-    let time = begun.elapsed().as_secs_f64();
-    let mut bytes = 0.0;
-    for bookie in ["bookie-0", "bookie-2", "bookie-3"] {
-        let name = "geminga_bookie_auto_recovery_copied_bytes_total";
-        bytes += cluster.metric(bookie, name).await.unwrap_or(0.0);
-    }
+    restart_broker(&mut cluster).await;
+    let from_objects = read_all(&cluster, "from-objects", count).await;
+    let (bytes, get) = s3.get_all().await;
+    let rate = |seconds: f64| megabytes / seconds;
     println!(
-        "re-replication: {:.0} MB in {time:.1} s, {:.1} MB/s",
-        bytes / 1e6,
-        bytes / 1e6 / time
+        "{count} messages of 1 KiB, {megabytes:.0} MB; {:.0} MB in objects",
+        bytes as f64 / 1e6
     );
+    println!("offload: {offload:.2} s, {:.0} MB/s", rate(offload));
+    println!("catch-up read from bookies: {:.0} MB/s", rate(from_bookies));
+    println!("catch-up read from objects: {:.0} MB/s", rate(from_objects));
+    println!(
+        "bare GET of the same objects, one after the other: {:.0} MB/s",
+        bytes as f64 / 1e6 / get
+    );
+}
+
+async fn restart_broker(cluster: &mut Cluster) {
+    cluster.terminate("broker-0").await;
+    cluster.start_member("broker-0");
+    cluster.ready("broker-0").await;
+}
+
+/// Seconds until a new subscription has got so many messages of `cold`.
+async fn read_all(cluster: &Cluster, subscription: &str, count: u64) -> f64 {
+    let client = harness::client(cluster).await;
+    let begun = Instant::now();
+    let mut consumer = client
+        .consumer("cold", subscription)
+        .start(Start::Earliest)
+        .window(100_000, 64 << 20)
+        .build()
+        .await
+        .expect("opened");
+    for n in 0..count {
+        let message = consumer.next().await.expect("goes on").expect("delivered");
+        if n % 1_000 == 999 || n + 1 == count {
+            let _confirmed_later = message.accept_up_to();
+        }
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    consumer.close().await.expect("settled");
+    seconds
 }
 
 /// Keys, bytes and transactions in etcd: an idle topic, a takeover, a roll, an ack.

@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use tokio::time::sleep;
 
-use crate::harness::{BookieSpec, Cluster, ClusterSpec, Load, Process, eventually};
+use crate::harness::{BookieSpec, Cluster, ClusterSpec, Load, S3, eventually};
 
 /// A small file system of its own, unmounted when dropped. Needs root, as CI is.
 struct SmallDisk(PathBuf);
@@ -126,62 +126,5 @@ fn tiered(s3: &S3) -> ClusterSpec {
         ],
         environment: s3.environment(),
         ..ClusterSpec::default()
-    }
-}
-
-/// A real S3 server over a directory.
-struct S3 {
-    process: Process,
-    directory: PathBuf,
-    port: u16,
-}
-
-const ACCESS_KEY: &str = "geminga-test";
-const SECRET_KEY: &str = "geminga-test-secret";
-
-impl S3 {
-    async fn start(directory: &std::path::Path) -> Self {
-        let port = crate::harness::free_port();
-        fs::create_dir_all(directory.join("s3/geminga")).expect("a bucket");
-        let process = Self::spawn(directory, port);
-        let s3 = Self { process, directory: directory.to_owned(), port };
-        s3.answers().await;
-        s3
-    }
-
-    fn spawn(directory: &std::path::Path, port: u16) -> Process {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/versitygw");
-        let output = Command::new(script).output().expect("scripts/versitygw runs");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let mut command = Command::new(String::from_utf8_lossy(&output.stdout).trim());
-        command
-            .env("ROOT_ACCESS_KEY", ACCESS_KEY)
-            .env("ROOT_SECRET_KEY", SECRET_KEY)
-            .args(["--port", &format!("127.0.0.1:{port}"), "posix"])
-            .arg(directory.join("s3"));
-        Process::start("s3", command, directory)
-    }
-
-    async fn restart(&mut self) {
-        self.process = Self::spawn(&self.directory, self.port);
-        self.answers().await;
-    }
-
-    async fn answers(&self) {
-        let address = format!("127.0.0.1:{}", self.port);
-        eventually("the S3 server answers", async || {
-            tokio::net::TcpStream::connect(&address).await.is_ok().then_some(())
-        })
-        .await;
-    }
-
-    fn environment(&self) -> Vec<(&'static str, String)> {
-        vec![
-            ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
-            ("AWS_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
-            ("AWS_REGION", "us-east-1".to_owned()),
-            ("AWS_ENDPOINT", format!("http://127.0.0.1:{}", self.port)),
-            ("AWS_ALLOW_HTTP", "true".to_owned()),
-        ]
     }
 }

@@ -7,6 +7,7 @@ mod load;
 mod ports;
 mod process;
 mod proxy;
+mod s3;
 
 pub(crate) use cluster::{BookieSpec, Cluster, ClusterSpec, geminga};
 pub(crate) use etcd::Etcd;
@@ -15,6 +16,7 @@ pub(crate) use load::{Load, client};
 pub(crate) use ports::free as free_port;
 pub(crate) use process::Process;
 pub(crate) use proxy::Proxy;
+pub(crate) use s3::S3;
 
 use std::time::Duration;
 
