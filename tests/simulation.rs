@@ -31,10 +31,11 @@ const FEW: u64 = 40;
 const MANY: u64 = 3_000;
 
 /// From one number to another, and a share of as many for each layer that has seeds of its own.
-fn ranges(from: u64, to: u64) -> [std::ops::Range<u64>; 3] {
+fn ranges(from: u64, to: u64) -> [std::ops::Range<u64>; 4] {
     let share = |seeds: u64| seeds / 8;
     let of = |layer| layer + share(from)..layer + share(to);
-    [from..to, of(seeds::UPKEEP), of(seeds::LEASED)]
+    let leased = seeds::LEASED + share(from)..seeds::LEASED + to / 2;
+    [from..to, of(seeds::UPKEEP), leased, of(seeds::DISPATCH)]
 }
 
 #[test]

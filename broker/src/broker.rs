@@ -2,6 +2,7 @@
 
 use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
+use geminga_gateway::Gateway;
 use geminga_managed_ledger::ManagedLedgers;
 use geminga_metadata::{
     BUNDLES, ClusterError, LeaseKeeper, SharedStore, Standing, StandingSetter, ensure_cluster,
@@ -24,6 +25,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{
     server::NamedService,
+    service::Routes,
     transport::{Server, server::Router},
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -217,6 +219,7 @@ impl Broker {
         });
         let driver = lifecycle::drive_stalled_subscriptions(Arc::clone(&shared));
         tasks.spawn("subscription driver", driver);
+        tasks.spawn("dead letters", crate::subscription::resume_dead_letters(Arc::clone(&shared)));
         tier::start(&shared, &store, tasks);
         let (server, killed) = (tasks.child("server"), CancellationToken::new());
         let closing = server.token();
@@ -314,21 +317,25 @@ async fn router(shared: &Shared) -> Result<(HealthReporter, Router<Layers>), Sta
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|error| StartError::Server(error.to_string()))?;
-    let router = Server::builder()
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .max_concurrent_streams(streams_max.saturating_add(SPARE_STREAMS))
-        .http2_keepalive_interval(Some(limits.keepalive_interval))
-        .http2_keepalive_timeout(Some(limits.keepalive_timeout))
-        .http2_max_header_list_size(HEADERS_BYTES_MAX)
-        .layer(TypedErrors)
+    let publisher = PublisherService(shared.clone());
+    let subscriber = SubscriberService(shared.clone());
+    let admin = AdminService(shared.clone());
+    let gateway = geminga_gateway::router(Gateway {
+        publisher: Arc::new(publisher.clone()),
+        subscriber: Arc::new(subscriber.clone()),
+        admin: Arc::new(admin.clone()),
+        bodies: ByteBudget::new(limits.http_bodies_bytes_max),
+        body_bytes_max: frame_bytes_max,
+    });
+    let mut services = Routes::builder();
+    services
         .add_service(
-            PublisherServer::new(PublisherService(shared.clone()))
+            PublisherServer::new(publisher)
                 .max_decoding_message_size(frame_bytes_max)
                 .max_encoding_message_size(frame_bytes_max),
         )
         .add_service(
-            SubscriberServer::new(SubscriberService(shared.clone()))
+            SubscriberServer::new(subscriber)
                 .max_decoding_message_size(limits.settle_frame_bytes_max())
                 .max_encoding_message_size(frame_bytes_max),
         )
@@ -336,15 +343,23 @@ async fn router(shared: &Shared) -> Result<(HealthReporter, Router<Layers>), Sta
             DiscoveryServer::new(DiscoveryService(shared.clone()))
                 .max_decoding_message_size(REQUEST_BYTES_MAX),
         )
-        .add_service(
-            AdminServer::new(AdminService(shared.clone()))
-                .max_decoding_message_size(REQUEST_BYTES_MAX),
-        )
+        .add_service(AdminServer::new(admin).max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(
             SegmentsServer::new(SegmentsService(shared.clone()))
-                .max_decoding_message_size(REQUEST_BYTES_MAX),
+                .max_decoding_message_size(limits.settle_frame_bytes_max()),
         )
         .add_service(health_service)
         .add_service(reflection);
+    let paths = services.routes().into_axum_router().merge(gateway);
+    let router = Server::builder()
+        .accept_http1(true) // curl and webhooks
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_concurrent_streams(streams_max.saturating_add(SPARE_STREAMS))
+        .http2_keepalive_interval(Some(limits.keepalive_interval))
+        .http2_keepalive_timeout(Some(limits.keepalive_timeout))
+        .http2_max_header_list_size(HEADERS_BYTES_MAX)
+        .layer(TypedErrors)
+        .add_routes(Routes::from(paths.fallback(geminga_gateway::unknown)));
     Ok((health, router))
 }

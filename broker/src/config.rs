@@ -42,6 +42,8 @@ pub struct BrokerConfig {
 pub struct Limits {
     /// Largest single message, bytes of key, value and headers.
     pub message_bytes_max: u64,
+    /// Bytes of HTTP request bodies in memory.
+    pub http_bodies_bytes_max: u64,
     /// Largest payload of one batch, bytes, compressed and uncompressed alike.
     pub batch_bytes_max: u64,
     /// Most records of one batch.
@@ -70,6 +72,19 @@ pub struct Limits {
     pub outbox_bytes_max: usize,
     /// Messages delivered to a subscription of one segment and not settled.
     pub unacked_messages_max: u64,
+    /// Of one consumer.
+    pub unacked_per_consumer_max: u64,
+    /// Consumers of a subscription on one segment.
+    pub consumers_max: usize,
+    /// Time that a consumer whose stream broke has to come back, and that consumers have after a crash of the owner (L4).
+    pub consumer_grace: Duration,
+    /// Messages of a subscription on one segment that wait for a time, a key or a consumer; past it no later ones are looked
+    /// at until some have left.
+    pub delayed_messages_max: u64,
+    /// Dead letters of a subscription on one segment whose copy is not stored yet; past it rejects are refused.
+    pub dead_letters_max: usize,
+    /// Claims in one open frame.
+    pub claims_max: usize,
     /// Ranges in one settle frame.
     pub settle_ranges_max: usize,
     /// Settles of one stream that wait for their record to become durable.
@@ -124,6 +139,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             message_bytes_max: 5 * MIB,
+            http_bodies_bytes_max: 256 * MIB,
             batch_bytes_max: 6 * MIB,
             batch_records_max: 65_536,
             connections_max: 10_000,
@@ -137,6 +153,12 @@ impl Default for Limits {
             read_ahead_bytes_max: 2 * MIB,
             outbox_bytes_max: MIB as usize,
             unacked_messages_max: 500_000,
+            unacked_per_consumer_max: 500_000,
+            consumers_max: 1_000,
+            consumer_grace: Duration::from_secs(5),
+            delayed_messages_max: 2_000_000,
+            dead_letters_max: 10_000,
+            claims_max: 1_000,
             settle_ranges_max: 10_000,
             settles_in_flight_max: 1_024,
             publish_window_batches: 1_024,

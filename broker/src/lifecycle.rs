@@ -9,19 +9,21 @@ use geminga_managed_ledger::Start as CursorStart;
 use geminga_proto::{
     admin::v1::CreateTopicRequest,
     ids::{SegmentId, TopicId},
-    internal::v1::segment_request::{Delete, EnsureCursor, RemoveCursor, Verb},
+    internal::v1::segment_request::{Delete, EnsureCursor, RemoveCursor, SettingsChanged, Verb},
     names::{SubscriptionName, TopicName},
     reason::Reason,
+    v1::SubscriptionSettings,
 };
 use tokio::time::timeout;
 
 use crate::{
     auth::Principal,
     catalog::{Catalog, Start, State, Subscription, Topic},
-    context::Context,
+    context::Shared,
     errors::Refusal,
     ownership::Segment,
     relay, storage_errors,
+    subscription::settings,
 };
 
 /// Tries to make a subscription ready; each lost one means that the layout or the key changed meanwhile.
@@ -32,7 +34,7 @@ const TRIES_MAX: u32 = 16;
 /// # Errors
 /// INVALID_REQUEST for too many segments; as [`Catalog::create_topic`].
 pub(crate) async fn create_topic(
-    context: &Context,
+    context: &Shared,
     name: &TopicName,
     segments: u32,
 ) -> Result<Topic, Refusal> {
@@ -56,7 +58,7 @@ pub(crate) async fn create_topic(
 /// # Errors
 /// TOPIC_NOT_FOUND, NAMESPACE_NOT_FOUND, TENANT_NOT_FOUND; PERMISSION_DENIED.
 pub(crate) async fn topic_or_create(
-    context: &Context,
+    context: &Shared,
     principal: &Principal,
     name: &TopicName,
 ) -> Result<Topic, Refusal> {
@@ -78,7 +80,7 @@ pub(crate) async fn topic_or_create(
 ///
 /// # Errors
 /// TOPIC_NOT_FOUND; what kept the rest, in which case the call is to be repeated.
-pub(crate) async fn delete_topic(context: &Context, name: &TopicName) -> Result<(), Refusal> {
+pub(crate) async fn delete_topic(context: &Shared, name: &TopicName) -> Result<(), Refusal> {
     let topic = match context.catalog.find_topic(name).await? {
         Some(topic) => topic,
         None => context.catalog.topic(name).await?, // gives the right refusal
@@ -87,7 +89,7 @@ pub(crate) async fn delete_topic(context: &Context, name: &TopicName) -> Result<
     finish_delete(context, &topic).await
 }
 
-async fn finish_delete(context: &Context, topic: &Topic) -> Result<(), Refusal> {
+async fn finish_delete(context: &Shared, topic: &Topic) -> Result<(), Refusal> {
     for segment in topic.segment_ids() {
         let verb = Verb::Delete(Delete { name: topic.name.to_string() });
         relay::ask(context, segment, verb).await?;
@@ -95,17 +97,17 @@ async fn finish_delete(context: &Context, topic: &Topic) -> Result<(), Refusal> 
     context.catalog.remove_topic(topic).await
 }
 
-/// Creates a subscription: its key as Creating, a cursor on every segment, then Ready (C6). `any_start` takes an existing
-/// one as it is.
+/// Creates a subscription: its key as Creating, a cursor on every segment, then Ready (C6). With `true`
+/// beside the start any start of an existing one will do; without settings any settings.
 ///
 /// # Errors
 /// ALREADY_EXISTS, TOPIC_NOT_FOUND, INVALID_REQUEST past the most subscriptions; what kept a segment from loading.
 pub(crate) async fn create_subscription(
-    context: &Context,
+    context: &Shared,
     topic: &Topic,
     name: &SubscriptionName,
-    start: Start,
-    any_start: bool,
+    start: (Start, bool),
+    settings: Option<&SubscriptionSettings>,
 ) -> Result<Subscription, Refusal> {
     let catalog = &context.catalog;
     if catalog.find_subscription(topic.id, name).await?.is_none() {
@@ -125,7 +127,7 @@ pub(crate) async fn create_subscription(
             remove_cursors(context, topic, &found).await?;
             catalog.remove_subscription(&found).await?;
         }
-        let subscription = catalog.begin_subscription(topic, name, start, any_start).await?;
+        let subscription = catalog.begin_subscription(topic, name, start, settings).await?;
         if subscription.state == State::Ready {
             return Ok(subscription);
         }
@@ -149,7 +151,7 @@ pub(crate) async fn create_subscription(
 
 /// Asks each segment's owner for the cursor. False: the subscription was deleted meanwhile.
 async fn make_cursors(
-    context: &Context,
+    context: &Shared,
     topic: &Topic,
     subscription: &Subscription,
 ) -> Result<bool, Refusal> {
@@ -163,12 +165,38 @@ async fn make_cursors(
     Ok(true)
 }
 
+/// Changes a subscription's settings; dispatchers that run are told, wherever they are. One that is not reached now, because
+/// its segment moves, reads them when it starts at the next owner.
+///
+/// # Errors
+/// SUBSCRIPTION_NOT_FOUND; INVALID_REQUEST for another type.
+pub(crate) async fn update_subscription(
+    context: &Shared,
+    topic: &Topic,
+    name: &SubscriptionName,
+    asked: &SubscriptionSettings,
+) -> Result<Subscription, Refusal> {
+    let found = context.catalog.subscription(topic, name).await?;
+    let mut asked = asked.clone();
+    if asked.r#type == 0 {
+        asked.r#type = found.settings.r#type; // as it is
+    }
+    let settings = settings(&asked)?;
+    let updated = context.catalog.update_subscription(topic, name, &settings).await?;
+    for id in topic.segment_ids() {
+        let (subscription, settings) = (updated.id.0, Some(updated.settings.clone()));
+        let verb = Verb::SettingsChanged(SettingsChanged { subscription, settings });
+        let _not_served_now = relay::ask_if_claimed(context, id, verb).await;
+    }
+    Ok(updated)
+}
+
 /// Deletes a subscription: Deleting, its cursors, then the key. Its consumers' streams end.
 ///
 /// # Errors
 /// SUBSCRIPTION_NOT_FOUND; what kept a segment from loading, in which case the call is to be repeated.
 pub(crate) async fn delete_subscription(
-    context: &Context,
+    context: &Shared,
     topic: &Topic,
     name: &SubscriptionName,
 ) -> Result<(), Refusal> {
@@ -181,7 +209,7 @@ pub(crate) async fn delete_subscription(
 
 /// Asks each segment's owner to take the cursor away.
 async fn remove_cursors(
-    context: &Context,
+    context: &Shared,
     topic: &Topic,
     subscription: &Subscription,
 ) -> Result<(), Refusal> {
@@ -199,7 +227,7 @@ async fn remove_cursors(
 /// # Errors
 /// SEGMENT_FENCED and the like.
 pub(crate) async fn make_cursor(
-    context: &Context,
+    context: &Shared,
     segment: &Segment,
     subscription: &Subscription,
 ) -> Result<bool, Refusal> {
@@ -222,7 +250,7 @@ pub(crate) async fn make_cursor(
 /// # Errors
 /// SUBSCRIPTION_NOT_FOUND when it was deleted meanwhile; SEGMENT_FENCED and the like.
 pub(crate) async fn open_cursor(
-    context: &Context,
+    context: &Shared,
     segment: &Segment,
     subscription: &Subscription,
 ) -> Result<(), Refusal> {
@@ -256,7 +284,7 @@ async fn ensure_cursor(segment: &Segment, subscription: &Subscription) -> Result
 }
 
 /// C6: what stood half done for too long is driven on by the owner of segment 0: its maker died, or gave up.
-pub(crate) async fn drive_stalled_subscriptions(context: Arc<Context>) {
+pub(crate) async fn drive_stalled_subscriptions(context: Shared) {
     let stall = context.config.limits.subscription_stall;
     loop {
         tokio::time::sleep(stall / 4).await;
@@ -282,7 +310,7 @@ pub(crate) async fn drive_stalled_subscriptions(context: Arc<Context>) {
 }
 
 async fn drive_subscription(
-    context: &Context,
+    context: &Shared,
     topic: TopicId,
     name: &SubscriptionName,
 ) -> Result<(), Refusal> {
@@ -294,7 +322,7 @@ async fn drive_subscription(
     tracing::info!(topic = %topic.name, subscription = %name, state = ?found.state, "subscription driven on");
     match found.state {
         State::Creating => {
-            create_subscription(context, &topic, name, found.start, true).await.map(drop)
+            create_subscription(context, &topic, name, (found.start, true), None).await.map(drop)
         }
         State::Deleting => delete_subscription(context, &topic, name).await,
         State::Ready | State::Unspecified => Ok(()),

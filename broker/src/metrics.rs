@@ -34,6 +34,20 @@ pub const DISPATCH_MESSAGES: &str = "broker.dispatch.messages";
 pub const DISPATCH_BYTES: &str = "broker.dispatch.bytes";
 /// From a settle's arrival to its answer.
 pub const SETTLE_DURATION: &str = "broker.settle.duration";
+/// Messages given to a consumer again after an attempt ended.
+pub const REDELIVERIES: &str = "broker.dispatch.redeliveries";
+/// Messages decided to be dead letters.
+pub const DEAD_LETTERS: &str = "broker.dispatch.dead_letters";
+/// Messages whose lease ran out.
+pub const LEASE_EXPIRIES: &str = "broker.dispatch.lease_expiries";
+/// Key ranges that got another consumer.
+pub const KEY_RANGE_MOVES: &str = "broker.dispatch.key_range_moves";
+/// Messages that wait for a time, as far as dispatchers know, all together.
+pub const DELAYED: &str = "broker.dispatch.delayed";
+/// Subscriptions of served segments with messages that nobody has, by what holds the next one up; `by` = as in `HeldBy`.
+pub const BLOCKED: &str = "broker.dispatch.blocked";
+/// Consumers of dispatchers, all together.
+pub const CONSUMERS: &str = "broker.consumers";
 /// Segments served now.
 pub const SEGMENTS: &str = "broker.segments";
 /// From the first request for a segment to its being served.
@@ -73,6 +87,12 @@ pub struct RefusedFor {
     pub reason: &'static str,
 }
 
+/// The label of [`BLOCKED`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct BlockedBy {
+    pub by: &'static str,
+}
+
 /// The labels of [`BACKLOG`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct BacklogOf {
@@ -95,6 +115,13 @@ pub struct Metrics {
     pub dispatch_messages: Counter,
     pub dispatch_bytes: Counter,
     pub settle_duration: Histogram,
+    pub redeliveries: Counter,
+    pub dead_letters: Counter,
+    pub lease_expiries: Counter,
+    pub key_range_moves: Counter,
+    pub delayed: Gauge,
+    pub blocked: Family<BlockedBy, Gauge>,
+    pub consumers: Gauge,
     pub segments: Gauge,
     pub segment_load_duration: Histogram,
     pub backlog: Family<BacklogOf, Gauge>,
@@ -124,6 +151,13 @@ impl Default for Metrics {
             dispatch_messages: Counter::default(),
             dispatch_bytes: Counter::default(),
             settle_duration: seconds(),
+            redeliveries: Counter::default(),
+            dead_letters: Counter::default(),
+            lease_expiries: Counter::default(),
+            key_range_moves: Counter::default(),
+            delayed: Gauge::default(),
+            blocked: Family::default(),
+            consumers: Gauge::default(),
             segments: Gauge::default(),
             segment_load_duration: seconds(),
             backlog: Family::default(),
@@ -200,8 +234,24 @@ impl Metrics {
         for reason in geminga_proto::reason::Reason::ALL {
             let _at_zero = m.refused.get_or_create(&RefusedFor { reason: reason.as_str() });
         }
+        m.register_dispatch(registry, name);
         m.register_ownership(registry, name);
         m
+    }
+
+    fn register_dispatch(&self, registry: &mut Registry, name: impl Fn(&str) -> String) {
+        let redelivered = "Messages given to a consumer again";
+        registry.register(name(REDELIVERIES), redelivered, self.redeliveries.clone());
+        let dead = "Messages decided to be dead letters";
+        registry.register(name(DEAD_LETTERS), dead, self.dead_letters.clone());
+        let expired = "Messages whose lease ran out";
+        registry.register(name(LEASE_EXPIRIES), expired, self.lease_expiries.clone());
+        let moved = "Key ranges that got another consumer";
+        registry.register(name(KEY_RANGE_MOVES), moved, self.key_range_moves.clone());
+        registry.register(name(DELAYED), "Messages that wait for a time", self.delayed.clone());
+        let blocked = "Subscriptions with messages that nobody has";
+        registry.register(name(BLOCKED), blocked, self.blocked.clone());
+        registry.register(name(CONSUMERS), "Consumers attached", self.consumers.clone());
     }
 
     fn register_ownership(&self, registry: &mut Registry, name: impl Fn(&str) -> String) {

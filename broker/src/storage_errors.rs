@@ -44,6 +44,17 @@ pub(crate) fn of_producer(error: &ProducerError) -> Refusal {
         ProducerError::TooManyProducers { limit } => {
             refuse(Reason::TooManyProducers).with("producers_max", limit)
         }
+        ProducerError::StaleEpoch { current } => {
+            refuse(Reason::ProducerFenced).with("producer_epoch", current)
+        }
+        ProducerError::Held { .. } | ProducerError::OthersConnected => {
+            refuse(Reason::ProducerExists)
+        }
+        ProducerError::NotNamed => refuse(Reason::InvalidRequest),
+        ProducerError::NotEnoughBookies(_) => refuse(Reason::NotEnoughBookies),
+        ProducerError::MetadataUnavailable => {
+            refuse(Reason::MetadataUnavailable).after(LOADING_DELAY)
+        }
         ProducerError::Fenced => refuse(Reason::SegmentFenced),
         ProducerError::Closed => loading(error),
     }
@@ -56,7 +67,10 @@ pub(crate) fn of_publish(error: &PublishError) -> Refusal {
             refuse(Reason::OutOfSequence).with("pushed_sequence", pushed)
         }
         PublishError::SequenceConflict => refuse(Reason::SequenceConflict),
-        PublishError::StaleStream => refuse(Reason::ProducerFenced),
+        PublishError::StaleStream | PublishError::ProducerFenced => refuse(Reason::ProducerFenced),
+        PublishError::UnexpectedOffset { next } => {
+            refuse(Reason::UnexpectedOffset).with("next_offset", next.0)
+        }
         PublishError::UnknownProducer => refuse(Reason::ProducerExpired),
         PublishError::Invalid(_) => refuse(Reason::InvalidRequest),
         PublishError::TooLarge { .. } => refuse(Reason::MessageTooLarge),
@@ -65,6 +79,7 @@ pub(crate) fn of_publish(error: &PublishError) -> Refusal {
             refuse(Reason::MetadataUnavailable).after(LOADING_DELAY)
         }
         PublishError::Busy => refuse(Reason::Busy),
+        PublishError::BacklogQuota { .. } => refuse(Reason::BacklogQuota),
         PublishError::Fenced => refuse(Reason::SegmentFenced),
         PublishError::Closed => loading(error),
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use geminga_proto::{
     admin::v1::{self as pb, admin_client::AdminClient},
     names::{NamespaceName, SubscriptionName, TenantName, TopicName},
+    v1::{OffsetRange, SubscriptionSettings},
 };
 use tonic::{Request, Response, Status, transport::Channel};
 
@@ -145,19 +146,93 @@ impl Admin {
         call!(self, delete_topic, pb::DeleteTopicRequest { name: name.to_string() }).map(drop)
     }
 
-    /// Creates a subscription.
+    /// Creates an exclusive subscription without a limit of attempts.
     pub async fn create_subscription(
         &self,
         topic: &TopicName,
         name: &SubscriptionName,
         start: Start,
     ) -> Result<pb::Subscription, Error> {
+        self.create_subscription_as(topic, name, start, None).await
+    }
+
+    /// Creates a subscription of this type, with this retry policy and lease.
+    pub async fn create_subscription_as(
+        &self,
+        topic: &TopicName,
+        name: &SubscriptionName,
+        start: Start,
+        settings: Option<SubscriptionSettings>,
+    ) -> Result<pb::Subscription, Error> {
         let request = pb::CreateSubscriptionRequest {
             topic: topic.to_string(),
             name: name.to_string(),
             start: start.on_the_wire().into(),
+            settings,
         };
         call!(self, create_subscription, request)
+    }
+
+    /// Replaces the retry policy and the lease of a subscription; its type stays. In force within seconds.
+    pub async fn update_subscription(
+        &self,
+        topic: &TopicName,
+        name: &SubscriptionName,
+        settings: SubscriptionSettings,
+    ) -> Result<pb::Subscription, Error> {
+        let request = pb::UpdateSubscriptionRequest {
+            topic: topic.to_string(),
+            name: name.to_string(),
+            settings: Some(settings),
+        };
+        call!(self, update_subscription, request)
+    }
+
+    /// At most `limit` messages of a segment that wait for a time, the next due first.
+    pub async fn delayed(
+        &self,
+        topic: &TopicName,
+        subscription: &SubscriptionName,
+        segment: u32,
+        limit: usize,
+    ) -> Result<Vec<pb::DelayedMessage>, Error> {
+        let mut all = Vec::new();
+        let mut page_token = String::new();
+        for _ in 0..PAGES_MAX {
+            let request = pb::ListDelayedRequest {
+                topic: topic.to_string(),
+                subscription: subscription.to_string(),
+                segment,
+                page_size: PAGE_ITEMS.min(u32::try_from(limit - all.len()).unwrap_or(PAGE_ITEMS)),
+                page_token,
+            };
+            let page = call!(self, list_delayed, request)?;
+            all.extend(page.messages);
+            all.truncate(limit);
+            page_token = page.next_page_token;
+            if page_token.is_empty() || all.len() == limit {
+                break;
+            }
+        }
+        Ok(all)
+    }
+
+    /// Settles messages that wait for a time, so that they are never delivered; how many there were.
+    pub async fn cancel_delayed(
+        &self,
+        topic: &TopicName,
+        subscription: &SubscriptionName,
+        segment: u32,
+        ranges: &[(u64, u64)],
+    ) -> Result<u64, Error> {
+        let ranges = ranges.iter().map(|(first, last)| OffsetRange { first: *first, last: *last });
+        let request = pb::CancelDelayedRequest {
+            topic: topic.to_string(),
+            subscription: subscription.to_string(),
+            segment,
+            ranges: ranges.collect(),
+        };
+        Ok(call!(self, cancel_delayed, request)?.cancelled)
     }
 
     /// All subscriptions of a topic.

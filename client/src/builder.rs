@@ -2,12 +2,21 @@
 
 use std::{sync::Arc, time::Duration};
 
+use geminga_proto::v1::SegmentExplained;
 use geminga_runtime::{random::Random, tasks::Tasks};
 use tokio::time::Instant;
 
 use crate::{
-    admin::Admin, backoff::Backoff, connection::Connections, consumer::ConsumerBuilder,
-    error::Error, producer::ProducerBuilder,
+    admin::Admin,
+    backoff::Backoff,
+    calls::{self, Peeked, Place, PullBuilder},
+    connection::Connections,
+    consumer::{ConsumerBuilder, Position, ReaderBuilder},
+    error::Error,
+    pattern::PatternBuilder,
+    processor::ProcessorBuilder,
+    producer::ProducerBuilder,
+    table::TableBuilder,
 };
 
 /// Where a client looks for a server unless told otherwise.
@@ -62,6 +71,14 @@ impl Client {
         }
     }
 
+    /// Whether this names servers: `http://host:port`, several separated by commas. Nothing is connected.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check_server(server: &str) -> Result<(), Error> {
+        Connections::new(server).map(drop)
+    }
+
     /// A producer for a topic: `tenant/namespace/topic`, or a bare topic of `public/default`.
     #[must_use]
     pub fn producer(&self, topic: impl Into<String>) -> ProducerBuilder {
@@ -76,6 +93,93 @@ impl Client {
         subscription: impl Into<String>,
     ) -> ConsumerBuilder {
         ConsumerBuilder::new(self.parts("consumer"), topic.into(), subscription.into())
+    }
+
+    /// A reader of a topic: no subscription, nothing is settled.
+    #[must_use]
+    pub fn reader(&self, topic: impl Into<String>) -> ReaderBuilder {
+        ReaderBuilder::new(self.parts("reader"), topic.into())
+    }
+
+    /// A job that consumes, transforms and publishes, with each output stored exactly once (TX8).
+    #[must_use]
+    pub fn processor(
+        &self,
+        input: impl Into<String>,
+        subscription: impl Into<String>,
+        output: impl Into<String>,
+    ) -> ProcessorBuilder {
+        ProcessorBuilder::new(self.clone(), input.into(), subscription.into(), output.into())
+    }
+
+    /// The latest value of each key of a topic, kept current.
+    #[must_use]
+    pub fn table(&self, topic: impl Into<String>) -> TableBuilder {
+        TableBuilder::new(self.clone(), topic.into())
+    }
+
+    /// A subscription on every topic of a namespace whose name matches a regular expression, as a whole; also on those
+    /// that are created later.
+    #[must_use]
+    pub fn pattern(
+        &self,
+        namespace: impl Into<String>,
+        pattern: impl Into<String>,
+        subscription: impl Into<String>,
+    ) -> PatternBuilder {
+        PatternBuilder::new(self.clone(), namespace.into(), pattern.into(), subscription.into())
+    }
+
+    pub(crate) fn random(&self) -> Random {
+        self.0.random.clone()
+    }
+
+    /// Some messages of a subscription at once, without a stream: for jobs that run now and then.
+    #[must_use]
+    pub fn pull(&self, topic: impl Into<String>, subscription: impl Into<String>) -> PullBuilder {
+        PullBuilder::new(self.parts("pull"), topic.into(), subscription.into())
+    }
+
+    /// At most `messages_max` messages of a segment as they are stored (0: one), without a trace in any subscription.
+    ///
+    /// # Errors
+    /// A refusal, or that the server does not answer within the open timeout.
+    pub async fn peek(
+        &self,
+        topic: &str,
+        segment: u32,
+        from: Position,
+        messages_max: u32,
+    ) -> Result<Peeked, Error> {
+        calls::peek(&self.parts("peek"), topic, segment, from, messages_max).await
+    }
+
+    /// Moves a subscription, on all segments or one; where it stands then. What consumers hold is taken back, and they go
+    /// on from there.
+    ///
+    /// # Errors
+    /// A refusal, or that the server does not answer within the open timeout: it may have moved then.
+    pub async fn seek(
+        &self,
+        topic: &str,
+        subscription: &str,
+        segment: Option<u32>,
+        to: Position,
+    ) -> Result<Vec<Place>, Error> {
+        calls::seek(&self.parts("seek"), topic, subscription, segment, to).await
+    }
+
+    /// Why messages of a subscription are not delivered, a segment each.
+    ///
+    /// # Errors
+    /// A refusal, or that the server does not answer within the open timeout.
+    pub async fn explain(
+        &self,
+        topic: &str,
+        subscription: &str,
+        segment: Option<u32>,
+    ) -> Result<Vec<SegmentExplained>, Error> {
+        calls::explain(&self.parts("explain"), topic, subscription, segment).await
     }
 
     /// Tenants, namespaces, topics, subscriptions.

@@ -1,21 +1,10 @@
-//! Records and batches as bytes: encoding, compression, and decoding that cannot be made to allocate without bound (S5).
+//! Records and batches as bytes: encoding and compression. Decoding is the format's own (`geminga_proto::records`).
 
-use std::io::Read;
+use bytes::{BufMut, Bytes, BytesMut};
+use geminga_proto::v1::Codec;
+use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
-use geminga_proto::v1::{Codec, Record};
-use prost::{
-    Message as _,
-    encoding::{
-        DecodeContext, WireType, decode_key, decode_varint, encode_key, encode_varint,
-        encoded_len_varint, skip_field,
-    },
-};
-
-use crate::{error::Error, message::Message};
-
-/// Largest uncompressed batch a consumer accepts, bytes. A server refuses larger ones at its front door.
-pub(crate) const BATCH_BYTES_MAX: usize = 6 * 1024 * 1024;
+use crate::message::Message;
 
 /// How a producer compresses its batches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -103,103 +92,13 @@ fn lz4(plain: &[u8]) -> std::io::Result<Vec<u8>> {
     encoder.finish().map_err(std::io::Error::other)
 }
 
-/// The records of a delivered payload, decoded one by one as they are asked for: a batch of many small records does not
-/// become as many large values at once.
-#[derive(Debug)]
-pub(crate) struct Records(Bytes);
-
-impl Records {
-    /// Allocates at most the declared size, which is at most [`BATCH_BYTES_MAX`], and refuses a payload that turns out
-    /// longer, or does not hold `count` records.
-    pub(crate) fn open(
-        codec: Codec,
-        declared: u32,
-        count: u32,
-        payload: Bytes,
-    ) -> Result<Self, Error> {
-        let declared = declared as usize;
-        if declared > BATCH_BYTES_MAX || payload.len() > BATCH_BYTES_MAX {
-            let bytes = declared.max(payload.len());
-            return Err(Error::Damaged(format!("{bytes} bytes are more than a batch may have")));
-        }
-        let plain = match codec {
-            Codec::Unspecified if payload.len() == declared => payload,
-            Codec::Unspecified => return Err(undeclared(declared)),
-            Codec::Lz4 => read_all(lz4_flex::frame::FrameDecoder::new(&payload[..]), declared)?,
-            Codec::Zstd => {
-                let mut decoder =
-                    zstd::stream::read::Decoder::with_buffer(&payload[..]).map_err(damaged)?;
-                // 8 MiB: no honest batch needs a larger window, and a hostile one cannot ask for more memory.
-                decoder.window_log_max(23).map_err(damaged)?;
-                read_all(decoder, declared)?
-            }
-        };
-        let mut rest = &plain[..];
-        let mut found = 0u32;
-        while let Some(len) = next_record(&mut rest)? {
-            rest.advance(len);
-            found += 1; // a record has two bytes at least: no overflow
-        }
-        if found != count {
-            return Err(Error::Damaged(format!("a batch of {count} messages holds {found}")));
-        }
-        Ok(Self(plain))
-    }
-
-    /// The next record; `None` after the last one.
-    pub(crate) fn next(&mut self) -> Result<Option<Record>, Error> {
-        let Some(len) = next_record(&mut self.0)? else { return Ok(None) };
-        Record::decode(self.0.split_to(len)).map(Some).map_err(damaged)
-    }
-
-    /// Passes one record by.
-    pub(crate) fn skip(&mut self) -> Result<(), Error> {
-        if let Some(len) = next_record(&mut self.0)? {
-            self.0.advance(len);
-        }
-        Ok(())
-    }
-}
-
-/// Goes to the next record; its length, which is there. `None` at the end.
-fn next_record(rest: &mut impl Buf) -> Result<Option<usize>, Error> {
-    while rest.has_remaining() {
-        let (tag, wire_type) = decode_key(rest).map_err(damaged)?;
-        if tag != 1 || wire_type != WireType::LengthDelimited {
-            skip_field(wire_type, tag, rest, DecodeContext::default()).map_err(damaged)?;
-            continue;
-        }
-        let len = decode_varint(rest).map_err(damaged)?;
-        return match usize::try_from(len) {
-            Ok(len) if len <= rest.remaining() => Ok(Some(len)),
-            _ => Err(Error::Damaged("a record is longer than its batch".into())),
-        };
-    }
-    Ok(None)
-}
-
-fn read_all(from: impl Read, declared: usize) -> Result<Bytes, Error> {
-    let mut plain = Vec::with_capacity(declared);
-    from.take(declared as u64 + 1).read_to_end(&mut plain).map_err(damaged)?;
-    if plain.len() != declared {
-        return Err(undeclared(declared));
-    }
-    Ok(plain.into())
-}
-
-fn undeclared(declared: usize) -> Error {
-    Error::Damaged(format!("the batch does not have the {declared} bytes it declares"))
-}
-
-fn damaged(error: impl std::fmt::Display) -> Error {
-    Error::Damaged(error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
+    use geminga_proto::{records::Records, v1::Record};
     use proptest::prelude::*;
 
     use super::*;
+    use crate::error::Error;
 
     fn message() -> impl Strategy<Value = Message> {
         (
@@ -213,6 +112,7 @@ mod tests {
                 value: value.into(),
                 headers,
                 event_time_ms,
+                deliver_at_ms: None,
             })
     }
 
@@ -224,7 +124,7 @@ mod tests {
     ) -> Result<Vec<Record>, Error> {
         let mut records = Records::open(codec, declared, count, payload)?;
         let mut all = Vec::new();
-        while let Some(record) = records.next()? {
+        while let Some(record) = records.read()? {
             all.push(record);
         }
         Ok(all)

@@ -5,6 +5,7 @@ use std::time::Duration;
 use geminga_proto::{
     names::NameError,
     reason::{DOMAIN, Reason, Retry},
+    records::Damaged,
 };
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -30,6 +31,11 @@ pub enum Error {
     /// as a new message can store it twice.
     #[error("the outcome is indeterminate, it may or may not have been stored: {0}")]
     Indeterminate(String),
+    /// The message is not this consumer's any more: its lease ran out, the server took it back, it was not granted after a
+    /// break, or it was settled already. Nothing of this settle happened; where the message is not settled it is delivered
+    /// again, to somebody.
+    #[error("{0}")]
+    NotHeld(String),
     /// This producer, consumer or client was closed.
     #[error("closed")]
     Closed,
@@ -69,11 +75,16 @@ impl Error {
         }))
     }
 
+    pub(crate) fn not_held() -> Self {
+        Self::NotHeld("the message is not held by this consumer any more".into())
+    }
+
     /// The reason, for a refusal.
     #[must_use]
     pub fn reason(&self) -> Option<Reason> {
         match self {
             Self::Refused(refused) => Some(refused.reason),
+            Self::NotHeld(_) => Some(Reason::InvalidHandle),
             _ => None,
         }
     }
@@ -85,7 +96,7 @@ impl Error {
             Self::Refused(refused) => refused.reason.retry(),
             Self::Unavailable(_) | Self::NotSent { .. } => Retry::Safe,
             Self::Indeterminate(_) => Retry::SameSequence,
-            Self::Closed | Self::Damaged(_) => Retry::Never,
+            Self::Closed | Self::Damaged(_) | Self::NotHeld(_) => Retry::Never,
         }
     }
 
@@ -135,6 +146,12 @@ impl From<Status> for Error {
                 .and_then(|info| info.metadata.get("owner_address").cloned())
                 .filter(|owner| !owner.is_empty()),
         }))
+    }
+}
+
+impl From<Damaged> for Error {
+    fn from(Damaged(why): Damaged) -> Self {
+        Self::Damaged(why)
     }
 }
 

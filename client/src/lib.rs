@@ -22,8 +22,11 @@
 //! What it promises:
 //! - [`Producer::send`] waits for room and returns a future of the [`Receipt`]. A receipt means: synced, at the level it
 //!   names. Messages of one key keep their order; a message is stored at most once, also over reconnects (DD1, DD5).
-//! - [`Consumer`] is a stream over all segments of a topic. Each message comes at least once until it is accepted; one
-//!   that was accepted is not handed out again by the same consumer.
+//! - [`Consumer`] is a stream over all segments of a topic. Each message comes at least once until it is settled. What was
+//!   handed out stays this consumer's over breaks, if the server grants its claim (L4), and its lease is kept from running
+//!   out for as long as the application asks; what is not ours any more is [`Error::NotHeld`].
+//! - [`ProcessorBuilder`] stores each output of an input exactly once (TX8), under the conditions it names.
+//! - [`Reader`], [`Client::peek`] and [`Table`] leave no trace in any subscription.
 //! - Everything is bounded: a producer by its byte budget, a consumer by its credit; every wait has a deadline.
 //! - An [`Error`] says what the caller may do next ([`Error::retry`]).
 //!
@@ -35,24 +38,35 @@
 mod admin;
 mod backoff;
 mod builder;
+mod calls;
 mod codec;
 mod connection;
 mod consumer;
 mod error;
 mod layout;
 mod message;
+mod pattern;
+mod processor;
 mod producer;
 pub mod routing;
+mod table;
 
 pub use admin::{Admin, TierWalk};
 pub use builder::{Client, ClientBuilder};
+pub use calls::{Peeked, Place, PullBuilder, Pulled};
 pub use codec::Compression;
-pub use consumer::{Consumer, ConsumerBuilder, Received, Settling, Start};
+pub use consumer::{
+    Consumer, ConsumerBuilder, Position, Reader, ReaderBuilder, Received, Settling, Start,
+};
 pub use error::{Error, Refused};
 pub use geminga_proto::{
     names::{NamespaceName, SubscriptionName, TenantName, TopicName},
     reason::{Reason, Retry},
+    v1::{RetryPolicy, SubscriptionSettings, SubscriptionType},
 };
-pub use message::{Level, Message, MessageId, Receipt, namespace_name, topic_name};
-pub use producer::{Batching, Pending, Producer, ProducerBuilder};
-pub use routing::Routing;
+pub use message::{Level, Message, MessageId, Receipt, Stored, namespace_name, topic_name};
+pub use pattern::{PatternBuilder, PatternConsumer};
+pub use processor::{OUTPUTS_MAX, Processed, ProcessorBuilder};
+pub use producer::{Access, Batching, Pending, Producer, ProducerBuilder};
+pub use routing::{Custom, Routing};
+pub use table::{Table, TableBuilder, Update};

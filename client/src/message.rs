@@ -1,12 +1,13 @@
 //! What an application sends and gets back.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use geminga_proto::{
     names::{NameError, NamespaceName, TopicName},
     v1::DurabilityLevel,
 };
+use geminga_runtime::clock::{Clock, SystemClock};
 
 /// A message to publish.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,6 +20,9 @@ pub struct Message {
     pub headers: BTreeMap<String, String>,
     /// Set by the application; milliseconds since the Unix epoch.
     pub event_time_ms: Option<u64>,
+    /// Shared and key-shared subscriptions do not get it before this time; milliseconds since the Unix epoch. Exclusive
+    /// and failover subscriptions, which promise order, get it in its turn.
+    pub deliver_at_ms: Option<u64>,
 }
 
 impl Message {
@@ -40,6 +44,20 @@ impl Message {
     pub fn with_header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.headers.insert(name.into(), value.into());
         self
+    }
+
+    /// Delivers it to shared and key-shared subscriptions at this time, milliseconds since the Unix epoch, and not before.
+    #[must_use]
+    pub fn with_deliver_at_ms(mut self, time: u64) -> Self {
+        self.deliver_at_ms = Some(time);
+        self
+    }
+
+    /// As [`Self::with_deliver_at_ms`], so long after now by this machine's clock.
+    #[must_use]
+    pub fn with_delay(self, delay: Duration) -> Self {
+        let delay = u64::try_from(delay.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX);
+        self.with_deliver_at_ms(SystemClock.now().0.saturating_add(delay))
     }
 
     /// Bytes of key, value and headers. The message limit counts a few more: what frames them.
@@ -64,6 +82,25 @@ impl std::fmt::Display for MessageId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}:{}", self.segment, self.offset)
     }
+}
+
+/// A message as it is stored: read without a subscription.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Where it lies.
+    pub id: MessageId,
+    /// What placed it.
+    pub key: Option<Bytes>,
+    /// The payload.
+    pub value: Bytes,
+    /// Application headers, by name.
+    pub headers: BTreeMap<String, String>,
+    /// Set by the producer; milliseconds since the Unix epoch.
+    pub event_time_ms: Option<u64>,
+    /// When the server took it; milliseconds since the Unix epoch.
+    pub publish_time_ms: u64,
+    /// Who published it.
+    pub producer: Arc<str>,
 }
 
 /// What a receipt promises about the stored copies.

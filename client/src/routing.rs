@@ -1,21 +1,59 @@
 //! Which segment a message goes to: pure, over the layout as it is known now.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use geminga_proto::{key_hash::key_hash, v1::Layout};
 use tokio::time::Instant;
 
-/// How a producer spreads its messages.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+use crate::message::Message;
+
+/// How a producer spreads its messages. Only [`Self::KeyHash`] (and a custom way that does) keeps the order of a key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Routing {
-    /// Equal keys to one segment by the hash of the key; messages without a key as [`Self::RoundRobin`].
+    /// Equal keys to one segment by the hash of the key (murmur3 x86_32, seed 0); messages without a key as
+    /// [`Self::StickyBatch`].
     #[default]
     KeyHash,
-    /// Every message to the next segment in turn, a batch at a time, whatever its key.
+    /// To one segment until a batch of it is full or the time for one is over, then to the next, whatever the key.
+    StickyBatch,
+    /// Every message to the next segment in turn, whatever its key. Batches are small.
     RoundRobin,
+    /// Every message to a segment drawn for it.
+    Random,
     /// Every message to this segment.
     Segment(u32),
+    /// Every message to the segment that this function names.
+    Custom(Custom),
 }
+
+/// A way of the application's own to choose a segment: of a message, and the segments there are, in order of their key
+/// ranges. A message for a segment that is none of them is refused.
+#[derive(Clone)]
+pub struct Custom(Arc<Choose>);
+
+type Choose = dyn Fn(&Message, &[u32]) -> u32 + Send + Sync;
+
+impl Custom {
+    /// The function is called for each message, by the task that sends it: it must not wait.
+    #[must_use]
+    pub fn new(choose: impl Fn(&Message, &[u32]) -> u32 + Send + Sync + 'static) -> Self {
+        Self(Arc::new(choose))
+    }
+}
+
+impl std::fmt::Debug for Custom {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Custom(..)")
+    }
+}
+
+impl PartialEq for Custom {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Custom {}
 
 /// The key ranges of a layout, in order of their first hash.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -55,6 +93,11 @@ impl Table {
         self.ranges.iter().map(|(_, _, segment)| *segment)
     }
 
+    /// Where a message with this hash goes.
+    pub(crate) fn place(&self, hash: u32) -> Option<Route> {
+        Some(Route { segment: self.of_hash(hash)?, hash })
+    }
+
     /// A hash that falls into this segment: the first of its range.
     fn hash_of(&self, segment: u32) -> Option<u32> {
         self.ranges.iter().find(|(_, _, of)| *of == segment).map(|(first, _, _)| *first)
@@ -78,6 +121,7 @@ pub struct Router {
     batch_bytes: usize,
     batch_time: Duration,
     turn: usize,
+    drawn: u64,
     stuck_bytes: usize,
     stuck_since: Option<Instant>,
 }
@@ -92,6 +136,7 @@ impl Router {
             batch_bytes,
             batch_time,
             turn: start as usize,
+            drawn: start,
             stuck_bytes: 0,
             stuck_since: None,
         }
@@ -102,24 +147,39 @@ impl Router {
     pub fn route(
         &mut self,
         table: &Table,
-        key: Option<&[u8]>,
+        message: &Message,
         bytes: usize,
         now: Instant,
     ) -> Option<Route> {
-        match (self.routing, key) {
-            (Routing::KeyHash, Some(key)) => {
-                let hash = key_hash(key);
-                Some(Route { segment: table.of_hash(hash)?, hash })
+        let key = message.key.as_deref();
+        let segment = match (&self.routing, key) {
+            (Routing::KeyHash, Some(key)) => return table.place(key_hash(key)),
+            (Routing::KeyHash | Routing::StickyBatch, _) => self.sticky(table, bytes, now)?.2,
+            (Routing::RoundRobin, _) => {
+                self.turn = self.turn.wrapping_add(1);
+                table.ranges.get(self.turn % table.ranges.len().max(1))?.2
             }
-            (Routing::Segment(segment), key) => {
-                let hash = table.hash_of(segment)?;
-                Some(Route { segment, hash: key.map_or(hash, key_hash) })
+            (Routing::Random, _) => {
+                let drawn = self.draw();
+                table.ranges.get((drawn % table.ranges.len().max(1) as u64) as usize)?.2
             }
-            (Routing::KeyHash | Routing::RoundRobin, key) => {
-                let (first, _, segment) = *self.sticky(table, bytes, now)?;
-                Some(Route { segment, hash: key.map_or(first, key_hash) })
+            (Routing::Segment(segment), _) => *segment,
+            (Routing::Custom(custom), _) => {
+                let segments: Vec<u32> = table.segments().collect();
+                (custom.0)(message, &segments)
             }
-        }
+        };
+        let first = table.hash_of(segment)?;
+        Some(Route { segment, hash: key.map_or(first, key_hash) })
+    }
+
+    /// splitmix64 from the start that was drawn for this router: runs repeat by their seed.
+    fn draw(&mut self) -> u64 {
+        self.drawn = self.drawn.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.drawn;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
     }
 
     fn sticky<'t>(
@@ -170,6 +230,11 @@ mod tests {
         Table::new(&Layout { epoch: 1, segments })
     }
 
+    fn message(key: Option<&[u8]>) -> Message {
+        let message = Message::new("value");
+        key.map_or(message.clone(), |key| message.with_key(key.to_vec()))
+    }
+
     fn router(routing: Routing) -> Router {
         Router::new(routing, 1_000, Duration::from_millis(10), 0)
     }
@@ -183,21 +248,21 @@ mod tests {
             let table = table(segments);
             let mut router = router(Routing::KeyHash);
             let now = Instant::now();
-            let route = router.route(&table, Some(&key), 10, now).expect("the ranges cover every hash");
+            let route = router.route(&table, &message(Some(&key)), 10, now).expect("the ranges cover every hash");
             let (first, last) = equal_ranges(segments)[route.segment as usize - 10];
             prop_assert!((first..=last).contains(&route.hash));
             prop_assert_eq!(route.hash, key_hash(&key));
-            prop_assert_eq!(router.route(&table, Some(&key), 999, now), Some(route));
+            prop_assert_eq!(router.route(&table, &message(Some(&key)), 999, now), Some(route));
         }
 
         #[test]
         fn messages_without_a_key_take_turns_a_batch_at_a_time(sizes in prop::collection::vec(1usize..1_200, 1..200)) {
             let table = table(4);
-            let mut router = router(Routing::RoundRobin);
+            let mut router = router(Routing::StickyBatch);
             let now = Instant::now();
             let mut runs: Vec<(u32, usize)> = Vec::new();
             for size in sizes {
-                let route = router.route(&table, None, size, now).expect("there are segments");
+                let route = router.route(&table, &message(None), size, now).expect("there are segments");
                 match runs.last_mut() {
                     Some((segment, bytes)) if *segment == route.segment => *bytes += size,
                     _ => runs.push((route.segment, size)),
@@ -220,7 +285,8 @@ mod tests {
         let start = Instant::now();
         let mut seen: BTreeMap<u32, u32> = BTreeMap::new();
         for i in 0..9 {
-            let route = router.route(&table, None, 1, start + Duration::from_millis(10) * i);
+            let route =
+                router.route(&table, &message(None), 1, start + Duration::from_millis(10) * i);
             *seen.entry(route.expect("a segment").segment).or_default() += 1;
         }
         assert_eq!(seen.into_values().collect::<Vec<_>>(), [3, 3, 3]);
@@ -229,11 +295,36 @@ mod tests {
     #[test]
     fn a_chosen_segment_must_exist() {
         let now = Instant::now();
-        assert_eq!(router(Routing::Segment(9)).route(&table(3), None, 1, now), None);
-        assert_eq!(
-            router(Routing::Segment(11)).route(&table(3), None, 1, now).map(|r| r.segment),
-            Some(11)
-        );
-        assert_eq!(router(Routing::KeyHash).route(&Table::default(), Some(b"k"), 1, now), None);
+        let route = |routing, table: &Table, key| {
+            let route = router(routing).route(table, &message(key), 1, now);
+            route.map(|route| route.segment)
+        };
+        assert_eq!(route(Routing::Segment(9), &table(3), None), None);
+        assert_eq!(route(Routing::Segment(11), &table(3), None), Some(11));
+        let last = Custom::new(|_, segments| segments.last().copied().unwrap_or_default());
+        assert_eq!(route(Routing::Custom(last), &table(3), Some(b"k")), Some(12));
+        assert_eq!(route(Routing::Custom(Custom::new(|_, _| 99)), &table(3), None), None);
+        for routing in
+            [Routing::KeyHash, Routing::RoundRobin, Routing::Random, Routing::StickyBatch]
+        {
+            assert_eq!(route(routing, &Table::default(), Some(b"k")), None);
+        }
+    }
+
+    #[test]
+    fn turns_and_draws_reach_every_segment_message_by_message_whatever_the_key() {
+        let table = table(4);
+        let now = Instant::now();
+        for routing in [Routing::RoundRobin, Routing::Random] {
+            let mut router = router(routing.clone());
+            let mut seen: BTreeMap<u32, u32> = BTreeMap::new();
+            for _ in 0..400 {
+                let route = router.route(&table, &message(Some(b"k")), 1, now).expect("a segment");
+                assert_eq!(route.hash, key_hash(b"k"), "the server is told the key's hash");
+                *seen.entry(route.segment).or_default() += 1;
+            }
+            let even = if routing == Routing::RoundRobin { 100..=100 } else { 60..=140 };
+            assert!(seen.len() == 4 && seen.values().all(|count| even.contains(count)), "{seen:?}");
+        }
     }
 }

@@ -10,6 +10,7 @@ pub mod ids;
 pub mod key_hash;
 pub mod names;
 pub mod reason;
+pub mod records;
 
 #[allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]
 pub mod v1 {

@@ -121,6 +121,12 @@ reasons! {
     ProducerFenced, "PRODUCER_FENCED", FailedPrecondition, Never,
         "A newer stream of the same producer was opened.",
         "Close this producer; give each its own name.";
+    ProducerExists, "PRODUCER_EXISTS", FailedPrecondition, Safe,
+        "Another producer has the segment for itself, or is there while this one wants it for itself.",
+        "Wait until it has closed, or open with the access mode exclusive-with-fencing.";
+    UnexpectedOffset, "UNEXPECTED_OFFSET", FailedPrecondition, Never,
+        "The batch would not get the offset it was to be stored at; the details carry the one it would get.",
+        "Read what was stored meanwhile, and decide again.";
     ProducerExpired, "PRODUCER_EXPIRED", FailedPrecondition, Never,
         "The session producer to resume is no longer remembered; what was in flight is of unknown outcome.",
         "Open a new producer, and check the last messages before sending them again.";
@@ -136,15 +142,24 @@ reasons! {
     Busy, "BUSY", ResourceExhausted, Safe,
         "A byte or request budget of the server is used up.",
         "Retry after the given delay.";
+    BacklogQuota, "BACKLOG_QUOTA", ResourceExhausted, Safe,
+        "More waits for the slowest subscription of the segment than its quota allows; nothing of the batch was stored.",
+        "Let the subscription catch up, delete it, or change the policy: geminga sub explain, geminga policy set.";
     TooManyStreams, "TOO_MANY_STREAMS", ResourceExhausted, Safe,
         "The connection or the server has as many streams as it may.",
         "Close unused streams.";
     ConsumerExists, "CONSUMER_EXISTS", FailedPrecondition, Safe,
         "An exclusive subscription is already being consumed.",
         "Stop the other consumer, or use another subscription.";
+    ConsumerReplaced, "CONSUMER_REPLACED", FailedPrecondition, Never,
+        "Another consumer of the same name attached; it goes on in this one's place.",
+        "Give each consumer its own name, or stop this one.";
+    TooManyConsumers, "TOO_MANY_CONSUMERS", ResourceExhausted, Safe,
+        "The subscription has as many consumers on the segment as it may.",
+        "Stop some of them, or use more segments.";
     InvalidHandle, "INVALID_HANDLE", FailedPrecondition, Never,
-        "The handle is of another owner epoch, subscription or consumer, or was never given.",
-        "Consume again: the message will be delivered with a new handle.";
+        "The handle was never given, or its messages are no longer held under it: settled, released, or delivered again.",
+        "Consume again: a message that is not settled is delivered with a new handle.";
     CursorLimit, "CURSOR_LIMIT", ResourceExhausted, Safe,
         "The subscription has as many holes in its acknowledgements as it may.",
         "Settle the oldest unsettled messages.";

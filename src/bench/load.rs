@@ -49,7 +49,7 @@ async fn create(client: &Client, topics: &[String], args: &LoadArgs) -> Result<(
 async fn producer(client: &Client, topic: &str, args: &LoadArgs) -> Result<Producer, Failure> {
     let producer = client
         .producer(topic)
-        .routing(Routing::RoundRobin)
+        .routing(Routing::StickyBatch)
         .batching(Batching {
             bytes_max: args.batch_bytes,
             linger: Duration::from_millis(args.linger_ms),

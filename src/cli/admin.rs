@@ -1,11 +1,11 @@
-//! `geminga tenant|namespace|topic|sub create|ls|describe|delete`.
+//! `geminga tenant|namespace|topic create|ls|describe|delete`, and a look into a topic.
 
 use clap::Subcommand;
-use geminga_client::{SubscriptionName, TenantName, namespace_name, topic_name};
-use geminga_proto::admin::v1::{Namespace, Subscription, Tenant, Topic};
+use geminga_client::{Position, TenantName, namespace_name, topic_name};
+use geminga_proto::admin::v1::{Namespace, Tenant, Topic};
 use serde_json::{Value, json};
 
-use super::{Global, consume::From, exit::Failure, output};
+use super::{Global, args, consume, exit::Failure, output};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum TenantCommand {
@@ -62,27 +62,21 @@ pub(crate) enum TopicCommand {
     Describe { name: String },
     /// Show which broker serves each segment.
     Where { name: String },
+    /// Print messages as they are stored, without a subscription and without a trace in any.
+    Peek {
+        name: String,
+        /// earliest, latest, an offset, a time such as 2026-01-31T12:00:00Z, or a span back such as 15m-ago.
+        #[arg(long, default_value = "earliest", value_parser = args::position)]
+        from: Position,
+        /// Only this segment. Default: all of them.
+        #[arg(long)]
+        segment: Option<u32>,
+        /// At most so many a segment.
+        #[arg(short = 'n', long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+        count: u32,
+    },
     /// Delete a topic with everything in it.
     Delete { name: String },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum SubCommand {
-    /// Create a subscription; created twice alike is no error.
-    Create {
-        topic: String,
-        name: String,
-        /// Where it begins.
-        #[arg(long, value_enum, default_value_t = From::Latest)]
-        from: From,
-    },
-    /// List the subscriptions of a topic.
-    #[command(alias = "list")]
-    Ls { topic: String },
-    /// Show one subscription with its backlog.
-    Describe { topic: String, name: String },
-    /// Delete a subscription; what it had not accepted is forgotten.
-    Delete { topic: String, name: String },
 }
 
 pub(crate) async fn tenant(command: TenantCommand, global: &Global) -> Result<(), Failure> {
@@ -135,8 +129,28 @@ pub(crate) async fn namespace(command: NamespaceCommand, global: &Global) -> Res
 }
 
 pub(crate) async fn topic(command: TopicCommand, global: &Global) -> Result<(), Failure> {
-    let admin = global.client().await?.admin();
+    let client = global.client().await?;
+    let admin = client.admin();
     match command {
+        TopicCommand::Peek { name, from, segment, count } => {
+            let found = admin.topic(&topic_name(&name)?).await?;
+            let layout = found.layout.unwrap_or_default();
+            let segments = layout.segments.iter().map(|info| info.segment);
+            for of in segments.filter(|of| segment.is_none_or(|segment| segment == *of)) {
+                let peeked = client.peek(&found.name, of, from, count).await?;
+                let mut out = std::io::stdout().lock();
+                for message in &peeked.messages {
+                    consume::print(global.output, message, None, &mut out)?;
+                }
+                std::io::Write::flush(&mut out)?;
+                output::note(&format!(
+                    "segment {of}: {} of the messages {} to {}",
+                    peeked.messages.len(),
+                    peeked.first_offset,
+                    peeked.next_offset
+                ));
+            }
+        }
         TopicCommand::Create { name, segments } => {
             let created = admin.create_topic(&topic_name(&name)?, segments).await?;
             output::object(global.output, &topic_row(&created, false))?;
@@ -175,34 +189,6 @@ pub(crate) async fn topic(command: TopicCommand, global: &Global) -> Result<(), 
             let name = topic_name(&name)?;
             admin.delete_topic(&name).await?;
             output::note(&format!("deleted topic {name}"));
-        }
-    }
-    Ok(())
-}
-
-pub(crate) async fn sub(command: SubCommand, global: &Global) -> Result<(), Failure> {
-    let admin = global.client().await?.admin();
-    match command {
-        SubCommand::Create { topic, name, from } => {
-            let name = SubscriptionName::parse(&name)?;
-            let created =
-                admin.create_subscription(&topic_name(&topic)?, &name, from.into()).await?;
-            output::object(global.output, &sub_row(&created, false))?;
-        }
-        SubCommand::Ls { topic } => {
-            let found = admin.subscriptions(&topic_name(&topic)?).await?;
-            let rows: Vec<Value> = found.iter().map(|sub| sub_row(sub, false)).collect();
-            output::list(global.output, &["name", "topic", "start", "created_at"], &rows)?;
-        }
-        SubCommand::Describe { topic, name } => {
-            let name = SubscriptionName::parse(&name)?;
-            let found = admin.subscription(&topic_name(&topic)?, &name).await?;
-            output::object(global.output, &sub_row(&found, true))?;
-        }
-        SubCommand::Delete { topic, name } => {
-            let topic = topic_name(&topic)?;
-            admin.delete_subscription(&topic, &SubscriptionName::parse(&name)?).await?;
-            output::note(&format!("deleted subscription {name} of {topic}"));
         }
     }
     Ok(())
@@ -261,39 +247,6 @@ fn topic_row(topic: &Topic, full: bool) -> Value {
             })
             .collect();
         row["segments"] = states.into();
-    }
-    row
-}
-
-fn sub_row(sub: &Subscription, full: bool) -> Value {
-    let start = match sub.start() {
-        geminga_proto::v1::SubscriptionStart::Earliest => "earliest",
-        _ => "latest",
-    };
-    let mut row = json!({
-        "topic": sub.topic,
-        "name": sub.name,
-        "id": sub.id,
-        "start": start,
-        "created_at": output::time(sub.created_at_ms),
-    });
-    if full {
-        row["backlog_messages"] =
-            sub.cursors.iter().map(|cursor| cursor.backlog_messages).sum::<u64>().into();
-        let cursors: Vec<Value> = sub
-            .cursors
-            .iter()
-            .map(|cursor| {
-                json!({
-                    "segment": cursor.segment,
-                    "mark_delete_next": cursor.mark_delete_next,
-                    "backlog_messages": cursor.backlog_messages,
-                    "holes": cursor.holes,
-                    "consumer": cursor.consumer,
-                })
-            })
-            .collect();
-        row["cursors"] = cursors.into();
     }
     row
 }

@@ -169,7 +169,7 @@ async fn wait(
     global: &Global,
 ) -> Result<pb::Cluster, Failure> {
     let deadline = Instant::now() + patience;
-    let builder = Client::builder().server(&global.server).wait_for_server(patience);
+    let builder = Client::builder().server(global.server()?).wait_for_server(patience);
     let admin = builder.build().await?.admin();
     loop {
         let last = match admin.cluster().await {

@@ -96,6 +96,9 @@ impl From<Error> for Failure {
             Error::NotSent { .. } => {
                 Self::new(Code::Unavailable, error.to_string(), "geminga topic ls")
             }
+            Error::NotHeld(_) => {
+                Self::new(Code::Refused, error.to_string(), "geminga explain INVALID_HANDLE")
+            }
             Error::Indeterminate(_) => {
                 Self::new(Code::Failed, error.to_string(), "geminga explain SEGMENT_FENCED")
             }

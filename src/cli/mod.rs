@@ -4,16 +4,21 @@
 //! [`exit::Code`].
 
 mod admin;
+mod args;
 mod cluster;
+mod completion;
 mod config;
 mod consume;
+mod context;
 pub(crate) mod exit;
 mod explain;
 mod lines;
 pub(crate) mod output;
 pub(crate) mod produce;
 mod serve;
+mod sub;
 mod tier;
+mod top;
 
 use std::{process::ExitCode, time::Duration};
 
@@ -44,15 +49,10 @@ Exit codes:  0 ok, 1 failed, 2 wrong usage, 3 not found, 4 refused, 5 server una
 /// What every command knows.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Global {
-    /// The server, for client commands; several brokers of a cluster are separated by commas.
-    #[arg(
-        long,
-        global = true,
-        env = "GEMINGA_SERVER",
-        default_value = "http://127.0.0.1:8650",
-        value_name = "URLS"
-    )]
-    pub(crate) server: String,
+    /// The server, for client commands; several brokers of a cluster are separated by commas. Default: that of the current
+    /// context, else http://127.0.0.1:8650.
+    #[arg(long, global = true, env = "GEMINGA_SERVER", value_name = "URLS")]
+    server: Option<String>,
     /// How data is printed.
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
     pub(crate) output: Format,
@@ -100,7 +100,14 @@ pub(crate) enum Command {
     Topic(admin::TopicCommand),
     /// Manage subscriptions.
     #[command(subcommand, visible_alias = "subscription")]
-    Sub(admin::SubCommand),
+    Sub(sub::SubCommand),
+    /// Watch what goes in and out of topics and subscriptions.
+    Top(top::TopArgs),
+    /// Named servers.
+    #[command(subcommand)]
+    Context(context::ContextCommand),
+    /// Print what a shell needs to complete commands.
+    Completion(completion::CompletionArgs),
     /// Measure a server, or the machine below it.
     #[command(subcommand)]
     Bench(crate::bench::Command),
@@ -154,7 +161,10 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Tenant(command) => admin::tenant(command, &global).await,
         Command::Namespace(command) => admin::namespace(command, &global).await,
         Command::Topic(command) => admin::topic(command, &global).await,
-        Command::Sub(command) => admin::sub(command, &global).await,
+        Command::Sub(command) => Box::pin(sub::run(command, &global)).await,
+        Command::Top(args) => Box::pin(top::run(args, &global)).await,
+        Command::Context(command) => context::run(command, &global),
+        Command::Completion(args) => completion::run(&args),
         Command::Bench(command) => Box::pin(crate::bench::run(command, &global)).await,
         Command::Explain(args) => explain::run(&args, global.output),
     }
@@ -176,11 +186,22 @@ pub(crate) fn init_client_spans() -> Result<(), Failure> {
         .map_err(|error| Failure::usage(format!("{VARIABLE}: {error}"), "produce"))
 }
 
+/// Where a server listens unless it was told otherwise.
+const DEFAULT_SERVER: &str = "http://127.0.0.1:8650";
+
 impl Global {
+    /// The server for client commands: as given, else of the current context, else where one listens by default.
+    pub(crate) fn server(&self) -> Result<String, Failure> {
+        match &self.server {
+            Some(server) => Ok(server.clone()),
+            None => Ok(context::current_server()?.unwrap_or_else(|| DEFAULT_SERVER.to_owned())),
+        }
+    }
+
     /// A client for the server. One that was started a moment ago is waited for; one that is not there is an error within
     /// seconds.
     pub(crate) async fn client(&self) -> Result<Client, Failure> {
-        let builder = Client::builder().server(&self.server).open_timeout(OPEN_TIMEOUT);
+        let builder = Client::builder().server(self.server()?).open_timeout(OPEN_TIMEOUT);
         Ok(builder.wait_for_server(START_PATIENCE).build().await?)
     }
 }

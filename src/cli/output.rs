@@ -132,6 +132,11 @@ pub(crate) fn time(ms: u64) -> String {
         .unwrap_or_default()
 }
 
+/// As [`time`]; null for 0, which names no time.
+pub(crate) fn time_or_none(ms: u64) -> Value {
+    if ms == 0 { Value::Null } else { time(ms).into() }
+}
+
 fn cell(value: &Value) -> String {
     match value {
         Value::Null => String::new(),

@@ -5,13 +5,15 @@ use std::io::{self, Write};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use clap::ValueEnum;
 use futures::FutureExt;
-use geminga_client::{Batching, Compression, Error, Message, Pending, Producer, Receipt, Routing};
+use geminga_client::{
+    Access, Batching, Compression, Error, Message, Pending, Producer, Receipt, Routing,
+};
 use geminga_runtime::units::Period;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::{
-    Global,
+    Global, args,
     exit::Failure,
     lines::Lines,
     output::{self, Format},
@@ -38,6 +40,21 @@ pub(crate) struct ProduceArgs {
     /// Publish to this segment only.
     #[arg(long)]
     segment: Option<u32>,
+    /// How messages are spread over segments.
+    #[arg(long, value_enum, default_value_t = RoutingArg::KeyHash, conflicts_with = "segment")]
+    routing: RoutingArg,
+    /// Shared and key-shared subscriptions get the messages so long after now, such as 30s.
+    #[arg(long, value_name = "TIME")]
+    delay: Option<Period>,
+    /// Shared and key-shared subscriptions get the messages at this time, such as 2026-01-31T12:00:00Z.
+    #[arg(long, value_name = "WHEN", value_parser = args::time_ms, conflicts_with = "delay")]
+    deliver_at: Option<u64>,
+    /// Publish only if the first message gets this offset, the next one the one behind it, and so on.
+    #[arg(long, value_name = "OFFSET", requires = "segment")]
+    expected_offset: Option<u64>,
+    /// Who else may publish to the segments meanwhile.
+    #[arg(long, value_enum, default_value_t = AccessArg::Shared)]
+    access: AccessArg,
     /// How long a message waits for others while batches are in flight.
     #[arg(long, default_value = "1ms", value_name = "TIME")]
     linger: Period,
@@ -57,6 +74,49 @@ pub(crate) enum CompressionArg {
     Zstd,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum RoutingArg {
+    /// Equal keys to one segment; messages without a key as sticky-batch.
+    KeyHash,
+    /// To one segment until a batch of it is full, then to the next.
+    StickyBatch,
+    /// Each message to the next segment.
+    RoundRobin,
+    /// Each message to a segment drawn for it.
+    Random,
+}
+
+impl From<RoutingArg> for Routing {
+    fn from(arg: RoutingArg) -> Self {
+        match arg {
+            RoutingArg::KeyHash => Self::KeyHash,
+            RoutingArg::StickyBatch => Self::StickyBatch,
+            RoutingArg::RoundRobin => Self::RoundRobin,
+            RoutingArg::Random => Self::Random,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum AccessArg {
+    /// Anybody.
+    Shared,
+    /// Nobody: refused while another producer is there.
+    Exclusive,
+    /// Nobody: producers that are there are fenced. Needs --name.
+    ExclusiveWithFencing,
+}
+
+impl From<AccessArg> for Access {
+    fn from(arg: AccessArg) -> Self {
+        match arg {
+            AccessArg::Shared => Self::Shared,
+            AccessArg::Exclusive => Self::Exclusive,
+            AccessArg::ExclusiveWithFencing => Self::ExclusiveWithFencing,
+        }
+    }
+}
+
 impl From<CompressionArg> for Compression {
     fn from(arg: CompressionArg) -> Self {
         match arg {
@@ -73,6 +133,8 @@ pub(crate) async fn run(args: ProduceArgs, global: &Global) -> Result<(), Failur
     let mut builder = client
         .producer(&args.topic)
         .compression(args.compression.into())
+        .routing(args.routing.into())
+        .access(args.access.into())
         .trace_ratio(if args.trace { 1.0 } else { 0.0 })
         .message_timeout(args.timeout.0)
         .batching(Batching { linger: args.linger.0, ..Batching::default() });
@@ -120,7 +182,18 @@ async fn send_all(
                 Some(key) => message.with_key(key.clone()),
                 None => message,
             };
-            let pending = producer.send(message).await?;
+            let message = match (args.deliver_at, args.delay) {
+                (Some(time), _) => message.with_deliver_at_ms(time),
+                (None, Some(delay)) => message.with_delay(delay.0),
+                (None, None) => message,
+            };
+            let pending = match args.expected_offset {
+                None => producer.send(message).await?,
+                Some(first) => {
+                    let expected = first.saturating_add(number - 1);
+                    producer.send_expecting(message, expected).await?
+                }
+            };
             if awaited.send(pending).await.is_err() {
                 return Ok(());
             }
@@ -210,8 +283,11 @@ fn parse(line: &[u8], number: u64) -> Result<Message, Failure> {
             ("event_time_ms", Value::Number(time)) if time.is_u64() => {
                 message.event_time_ms = time.as_u64()
             }
+            ("deliver_at_ms", Value::Number(time)) if time.is_u64() => {
+                message.deliver_at_ms = time.as_u64()
+            }
             // What `consume -o json` prints can be published again.
-            ("segment" | "offset" | "publish_time_ms", _) => {}
+            ("segment" | "offset" | "publish_time_ms" | "attempt", _) => {}
             (name, _) => {
                 return Err(wrong(format!("the field {name:?} is unknown or of the wrong type")));
             }

@@ -2,7 +2,7 @@
 
 use clap::Subcommand;
 use geminga_client::{TierWalk, topic_name};
-use geminga_proto::admin::v1 as pb;
+use geminga_proto::{admin::v1 as pb, v1 as wire};
 use serde_json::{Value, json};
 
 use super::{
@@ -37,10 +37,53 @@ pub(crate) enum PolicyCommand {
         /// Messages that every subscription has settled are kept up to so many bytes.
         #[arg(long, value_name = "BYTES")]
         retention_bytes: Option<u64>,
+        /// Messages older than this count as settled for every subscription.
+        #[arg(long, value_name = "MS")]
+        ttl_ms: Option<u64>,
+        /// So much may wait for the slowest subscription of a segment.
+        #[arg(long, value_name = "BYTES")]
+        backlog_quota_bytes: Option<u64>,
+        /// The oldest message that waits may be so old.
+        #[arg(long, value_name = "MS")]
+        backlog_quota_ms: Option<u64>,
+        /// What happens when more waits.
+        #[arg(long, value_enum)]
+        backlog_action: Option<BacklogAction>,
         /// Take a value from the level above again; may be repeated.
         #[arg(long, value_name = "NAME")]
         unset: Vec<String>,
     },
+}
+
+/// What happens when more waits than a quota allows.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum BacklogAction {
+    /// Publishing is refused.
+    Reject,
+    /// Publishing waits for room, at most ten seconds.
+    Hold,
+    /// The slowest subscriptions lose the oldest messages.
+    EvictOldest,
+}
+
+impl From<BacklogAction> for wire::BacklogAction {
+    fn from(action: BacklogAction) -> Self {
+        match action {
+            BacklogAction::Reject => Self::Reject,
+            BacklogAction::Hold => Self::Hold,
+            BacklogAction::EvictOldest => Self::EvictOldest,
+        }
+    }
+}
+
+impl BacklogAction {
+    fn name(action: wire::BacklogAction) -> &'static str {
+        match action {
+            wire::BacklogAction::Unspecified | wire::BacklogAction::Reject => "reject",
+            wire::BacklogAction::Hold => "hold",
+            wire::BacklogAction::EvictOldest => "evict-oldest",
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -69,6 +112,10 @@ pub(crate) async fn policy(command: PolicyCommand, global: &Global) -> Result<()
             delete_lag_ms,
             retention_ms,
             retention_bytes,
+            ttl_ms,
+            backlog_quota_bytes,
+            backlog_quota_ms,
+            backlog_action,
             unset,
         } => {
             let policies = pb::Policies {
@@ -77,6 +124,11 @@ pub(crate) async fn policy(command: PolicyCommand, global: &Global) -> Result<()
                 delete_lag_ms,
                 retention_ms,
                 retention_bytes,
+                ttl_ms,
+                backlog_quota_bytes,
+                backlog_quota_ms,
+                backlog_action: backlog_action
+                    .map(|action| wire::BacklogAction::from(action).into()),
             };
             let unset = unset.iter().map(|name| name.replace('-', "_")).collect();
             admin.set_policies(&scope.unwrap_or_default(), policies, unset).await?
@@ -93,6 +145,15 @@ pub(crate) async fn policy(command: PolicyCommand, global: &Global) -> Result<()
         row("delete_lag_ms", own.delete_lag_ms, effective.delete_lag_ms),
         row("retention_ms", own.retention_ms, effective.retention_ms),
         row("retention_bytes", own.retention_bytes, effective.retention_bytes),
+        row("ttl_ms", own.ttl_ms, effective.ttl_ms),
+        row("backlog_quota_bytes", own.backlog_quota_bytes, effective.backlog_quota_bytes),
+        row("backlog_quota_ms", own.backlog_quota_ms, effective.backlog_quota_ms),
+        json!({
+            "policy": "backlog_action",
+            "own": own.backlog_action.map(|_| BacklogAction::name(own.backlog_action())),
+            "effective": BacklogAction::name(effective.backlog_action()),
+            "source": answer.sources.get("backlog_action").map_or("default", String::as_str),
+        }),
     ];
     Ok(output::list(global.output, &["policy", "effective", "source", "own"], &rows)?)
 }

@@ -26,6 +26,8 @@ pub(crate) fn geminga() -> Command {
     ] {
         command.env_remove(name);
     }
+    // Whoever runs the tests may have contexts of their own.
+    command.env("XDG_CONFIG_HOME", concat!(env!("CARGO_TARGET_TMPDIR"), "/no-contexts"));
     command
 }
 
@@ -46,13 +48,23 @@ impl Standalone {
 
     /// Its standard error output, if it ended before it was ready.
     pub(crate) fn try_start(data: &Path, bookies: u32) -> Result<Self, String> {
+        Self::try_start_at(data, bookies, "127.0.0.1:0")
+    }
+
+    /// As [`Self::start`], where clients know it: what a server does that is started again.
+    pub(crate) fn start_at(data: &Path, bookies: u32, listen: &str) -> Self {
+        Self::try_start_at(data, bookies, listen)
+            .unwrap_or_else(|log| panic!("standalone did not get ready:\n{log}"))
+    }
+
+    fn try_start_at(data: &Path, bookies: u32, listen: &str) -> Result<Self, String> {
         let mut child = geminga()
             .args([
                 "standalone",
                 "-o",
                 "json",
                 "--listen",
-                "127.0.0.1:0",
+                listen,
                 "--health-listen",
                 "127.0.0.1:0",
             ])

@@ -1,6 +1,9 @@
 //! The binary as its user meets it: real processes, real files, real sockets, kill -9.
 
+mod contexts;
 mod harness;
 mod misuse;
+mod processing;
+mod queues;
 mod readme;
 mod survival;

@@ -49,5 +49,10 @@ fn the_tour_runs_as_printed() {
     assert!(output.status.success(), "stdout:\n{out}\nstderr:\n{err}");
     assert!(out.contains("\"level\":\"quorum\""), "a receipt names its level:\n{out}");
     assert!(out.contains("fourth"), "what was published is consumed:\n{out}");
+    assert!(out.contains("\"attempt\":2"), "what failed comes again:\n{out}");
+    assert!(
+        out.contains("\"geminga-reason\":\"no such customer\""),
+        "a dead letter says why:\n{out}"
+    );
     assert!(out.contains("messages_per_second"), "the bench prints its document:\n{out}");
 }

@@ -298,6 +298,53 @@ pub(crate) enum Event {
         subscription: u64,
         shown: Option<CursorShown>,
     },
+
+    /// What the run's subscription promises: each key in order, at most so many attempts (0: any number), nothing before its
+    /// deliver-at.
+    Promised {
+        key_order: bool,
+        attempts_max: u32,
+        deliver_at: bool,
+    },
+    /// A dispatcher gave these messages, each with its key and deliver-at, to a consumer.
+    Dispatched {
+        owner: u32,
+        consumer: u64,
+        attempt: u32,
+        now_ms: u64,
+        messages: Vec<(u64, u32, u64)>,
+    },
+    /// These may be delivered once more with their attempt unchanged.
+    GivenBack {
+        offsets: Vec<u64>,
+    },
+    /// A consumer wants to accept a message.
+    AcceptAsked {
+        offset: u64,
+        key: u32,
+    },
+    /// A dispatcher was told that these are settled.
+    AcceptTold {
+        owner: u32,
+        offsets: Vec<u64>,
+    },
+    /// A dispatcher was told that the attempts of these ended: half-open runs, the next attempt, when it is due.
+    FailureTold {
+        owner: u32,
+        items: Vec<(u64, u64, u32, u64)>,
+    },
+    /// The copy of a dead letter is stored.
+    DeadCopied {
+        owner: u32,
+        number: u64,
+        offset: u64,
+        attempt: u32,
+        rejected: bool,
+    },
+    /// Everything below is settled, when all is healed.
+    AllDispatched {
+        end: u64,
+    },
 }
 
 /// The record of one run. Clones share it.

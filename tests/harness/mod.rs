@@ -6,10 +6,12 @@
 //!                                             history <------ everything observed --> checks
 //! ```
 
+pub(crate) mod agents;
 pub(crate) mod checks;
 pub(crate) mod claims;
 pub(crate) mod coverage;
 pub(crate) mod disk_node;
+pub(crate) mod dispatch_run;
 pub(crate) mod faults;
 pub(crate) mod history;
 pub(crate) mod ledger_run;

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use geminga_bookie_client::Quorum;
+use geminga_broker::dispatcher::Kind;
 use geminga_managed_ledger::ManagedLedgerConfig;
 use geminga_metadata::FaultPlan;
 use geminga_runtime::random::Random;
@@ -72,6 +73,23 @@ pub(crate) struct SegmentPlan {
     pub(crate) outstanding: u64,
     pub(crate) subscriptions: u64,
     /// Up to so long between two steps of a producer or consumer, milliseconds.
+    pub(crate) gap_ms: u64,
+    /// Messages have keys, and every fourth a time before which it is not to be delivered.
+    pub(crate) keyed: bool,
+}
+
+/// One run of the layer "subscriptions", beside its segment.
+#[derive(Clone, Debug)]
+pub(crate) struct DispatchPlan {
+    pub(crate) kind: Kind,
+    /// Consumers.
+    pub(crate) agents: u64,
+    pub(crate) attempts_max: u32,
+    pub(crate) backoff_ms: u64,
+    pub(crate) lease_ms: u64,
+    /// Messages with consumers at once, at most.
+    pub(crate) unacked_max: u64,
+    /// Up to so long between two steps of consumers, milliseconds.
     pub(crate) gap_ms: u64,
 }
 
@@ -154,6 +172,25 @@ impl SegmentPlan {
             outstanding: 1 + random.below(8),
             subscriptions: random.below(3),
             gap_ms: pick([5, 100, 1_000]),
+            keyed: false,
+        }
+    }
+}
+
+impl DispatchPlan {
+    /// The plan of a seed.
+    pub(crate) fn draw(random: &Random) -> Self {
+        let pick = |of: [u64; 4]| of[random.below(4) as usize];
+        let kinds = [Kind::Exclusive, Kind::Failover, Kind::Shared, Kind::Shared];
+        let kinds = [kinds, [Kind::KeyShared; 4]].concat();
+        Self {
+            kind: kinds[random.below(8) as usize],
+            agents: 1 + random.below(5),
+            attempts_max: pick([0, 1, 2, 4]) as u32,
+            backoff_ms: pick([0, 0, 100, 2_000]),
+            lease_ms: pick([200, 2_000, 20_000, 20_000]),
+            unacked_max: pick([3, 20, 1_000, 1_000]),
+            gap_ms: pick([3, 10, 50, 200]),
         }
     }
 }

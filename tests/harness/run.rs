@@ -17,11 +17,12 @@ use tokio::time::Instant;
 use super::{
     checks::Violation,
     coverage::Coverage,
+    dispatch_run::{self, Subscription},
     faults::Faults,
     history::{History, LedgerState},
     ledger_run,
     nodes::{Form, Nodes},
-    plan::{ClusterPlan, LedgerPlan, SegmentPlan},
+    plan::{ClusterPlan, DispatchPlan, LedgerPlan, SegmentPlan},
     segment_run::{self, Producer, Segment},
     upkeep_run,
     world::{ClientNode, World},
@@ -56,6 +57,8 @@ pub(crate) enum Layer {
     LeasedCores,
     /// As `Segments`, with owners that confirm their claims.
     Leased,
+    /// As `SegmentCores`, with a dispatcher over it and consumers.
+    Subscriptions,
 }
 
 /// Runs one seed on a runtime of its own.
@@ -77,6 +80,7 @@ pub(crate) fn run(seed: u64, layer: Layer, trace: bool) -> Outcome {
                 Layer::Segments => segment(&world, Form::Disk, false).await,
                 Layer::LeasedCores => segment(&world, Form::Memory, true).await,
                 Layer::Leased => segment(&world, Form::Disk, true).await,
+                Layer::Subscriptions => subscriptions(&world).await,
                 Layer::Upkeep => {
                     let clients = upkeep_run::run(&world).await;
                     end(&world, clients).await;
@@ -258,6 +262,44 @@ async fn segment(world: &Arc<World>, form: Form, leased: bool) {
     segment_run::inspect(&segment, &healer, returned).await;
     if users.panicked() > 0 {
         world.history.fail("panic", "a producer or consumer panicked");
+    }
+    end(world, clients).await;
+}
+
+async fn subscriptions(world: &Arc<World>) {
+    let mut cluster = Cluster::start(world, Form::Memory).await;
+    let random = world.random.fork();
+    let drawn = SegmentPlan::draw(&random, cluster.plan.quorum);
+    let plan = SegmentPlan { subscriptions: 0, keyed: true, ..drawn };
+    let dispatch = DispatchPlan::draw(&random);
+    world.history.note(format!("{plan:?} {dispatch:?}"));
+    let segment = Segment::create(world, plan.clone()).await;
+    let subscription = Subscription::new(world, dispatch);
+    for i in 0..plan.owners {
+        let node = cluster.client(world, 40 + i);
+        let own = dispatch_run::own(
+            Arc::clone(&segment),
+            Arc::clone(&subscription),
+            node.clone(),
+            world.random.fork(),
+            cluster.until,
+        );
+        node.tasks.spawn("owner", own);
+    }
+    let users = Tasks::new("users");
+    for number in 0..plan.producers {
+        let producer = Producer::new(&segment, number, world.random.fork());
+        let until = cluster.until;
+        users.spawn("producer", async move { drop(producer.run(until).await) });
+    }
+    let mut clients = cluster.suffer(world).await;
+    settle_down(world).await;
+    users.idle().await;
+    let healer = world.client(30, FaultPlan::default());
+    clients.push(healer.clone());
+    dispatch_run::inspect(&segment, &subscription, &healer).await;
+    if users.panicked() > 0 {
+        world.history.fail("panic", "a producer panicked");
     }
     end(world, clients).await;
 }

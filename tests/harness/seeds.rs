@@ -22,9 +22,13 @@ pub(crate) const UPKEEP: u64 = 1_000_000;
 /// Seeds from here on exercise owners that confirm their claims.
 pub(crate) const LEASED: u64 = 2_000_000;
 
+/// Seeds from here on exercise a dispatcher over the segment.
+pub(crate) const DISPATCH: u64 = 3_000_000;
+
 /// Which layer a seed exercises.
 pub(crate) fn layer_of(seed: u64) -> Layer {
     match seed % 4 {
+        _ if seed >= DISPATCH => Layer::Subscriptions,
         0 | 2 if seed >= LEASED => Layer::LeasedCores,
         _ if seed >= LEASED => Layer::Leased,
         _ if seed >= UPKEEP => Layer::Upkeep,

@@ -19,8 +19,9 @@ use geminga_metadata::{Op, Standing, Txn, TxnOutcome, keys};
 use geminga_proto::{
     ids::{Bundle, Offset, SegmentId, SubscriptionId, TopicId},
     names::ProducerName,
+    v1::RecordIndex,
 };
-use geminga_runtime::{budget::ByteBudget, random::Random};
+use geminga_runtime::{budget::ByteBudget, clock::Clock, random::Random};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
@@ -33,12 +34,12 @@ use super::{
 /// The longest that anything may take once all is healed (I20), virtual time.
 const HEALED_PATIENCE: Duration = Duration::from_secs(300);
 /// An answer that does not come by then is not waited for; its owner may stand still.
-const CALLER_PATIENCE: Duration = Duration::from_secs(40);
+pub(super) const CALLER_PATIENCE: Duration = Duration::from_secs(40);
 
 /// The segment, as its callers find it. Actors hold it in an `Arc`.
 pub(crate) struct Segment {
-    world: Arc<World>,
-    plan: SegmentPlan,
+    pub(super) world: Arc<World>,
+    pub(super) plan: SegmentPlan,
     id: SegmentId,
     claim: Claim,
     budget: ByteBudget,
@@ -48,9 +49,9 @@ pub(crate) struct Segment {
 
 /// A load that succeeded.
 #[derive(Clone)]
-struct Serving {
-    owner: u32,
-    ledger: ManagedLedger,
+pub(super) struct Serving {
+    pub(super) owner: u32,
+    pub(super) ledger: ManagedLedger,
     standing: Standing,
 }
 
@@ -81,7 +82,7 @@ impl Segment {
         (self.id.topic.0, self.id.segment)
     }
 
-    fn factory(&self, node: &ClientNode) -> ManagedLedgers {
+    pub(super) fn factory(&self, node: &ClientNode) -> ManagedLedgers {
         ManagedLedgers::new(ManagedLedgersParts {
             client: node.client.clone(),
             store: Arc::new(node.store.clone()),
@@ -95,7 +96,7 @@ impl Segment {
     }
 
     /// Takes it over, and shows what was found.
-    async fn load(
+    pub(super) async fn load(
         &self,
         node: &ClientNode,
         ledgers: &ManagedLedgers,
@@ -187,11 +188,15 @@ pub(crate) async fn own(segment: Arc<Segment>, node: ClientNode, random: Random,
     }
 }
 
+/// Keys of a producer's messages.
+const KEYS: u64 = 6;
+
 /// A batch as it was cut; it never changes (DD3).
 struct Cut {
     low: u64,
     high: u64,
     payload: Bytes,
+    index: RecordIndex,
     stored: bool,
     sent: bool,
 }
@@ -238,8 +243,7 @@ impl Producer {
     async fn open(&mut self, serving: &Serving) -> bool {
         self.stream += 1;
         let name = ProducerName::parse(&self.name).expect("a legal name");
-        let open =
-            ProducerOpen { identity: ProducerIdentity::Named(name), stream_number: self.stream };
+        let open = ProducerOpen::shared(ProducerIdentity::Named(name), self.stream);
         let opened = timeout(CALLER_PATIENCE, serving.ledger.open_producer(open)).await;
         let Ok(Ok(opened)) = opened else { return false };
         let (segment, owner, persisted) = (self.segment.key(), serving.owner, opened.persisted);
@@ -346,13 +350,30 @@ impl Producer {
                 self.name,
                 ".".repeat(self.random.below(60) as usize)
             );
-            self.cuts.push(Cut { low, high, payload: payload.into(), stored: false, sent: false });
+            let index = self.index(low, high);
+            let payload = payload.into();
+            self.cuts.push(Cut { low, high, payload, index, stored: false, sent: false });
+        }
+    }
+
+    /// Keys and times of the messages, where the run has any.
+    fn index(&self, low: u64, high: u64) -> RecordIndex {
+        if !self.segment.plan.keyed {
+            return RecordIndex::default();
+        }
+        let now = self.segment.world.clock.now().0;
+        let due =
+            |number: u64| if number.is_multiple_of(4) { now + number * 7_919 % 20_000 } else { 0 };
+        RecordIndex {
+            key_hash: (low..=high).map(|number| (number % KEYS) as u32 * (u32::MAX / 7)).collect(),
+            has_key: Vec::new(),
+            deliver_at_ms: (low..=high).map(due).collect(),
         }
     }
 
     fn batch(&self, cut: usize) -> PublishBatch {
         let prev = cut.checked_sub(1).map_or(0, |before| self.cuts[before].high);
-        let Cut { low, high, payload, .. } = &self.cuts[cut];
+        let Cut { low, high, payload, index, .. } = &self.cuts[cut];
         PublishBatch {
             producer: Bytes::from(self.name.clone()),
             stream_number: self.stream,
@@ -363,8 +384,9 @@ impl Producer {
             format: 1,
             codec: 0,
             uncompressed_size: payload.len() as u32,
-            index: Default::default(),
+            index: index.clone(),
             payload: payload.clone(),
+            expected_offset: None,
             traceparent: String::new(),
             trace: None,
             permit: self

@@ -23,7 +23,9 @@ pub struct ManagedLedgerConfig {
     pub dedup_snapshot_bytes: u64,
     /// A segment without appends and settles for so long closes its ledgers (O4).
     pub idle_after: Duration,
-    /// Runs of acknowledged offsets above the mark, per cursor; beyond it new holes are refused (CURSOR_LIMIT).
+    /// Runs of a cursor: acknowledged above the mark, waiting for another attempt, and dead-letter decisions together; beyond
+    /// it new ones are refused (CURSOR_LIMIT). As many runs of leases may come on top. At most 250,000: a cursor's state
+    /// must fit into an entry.
     pub holes_max: usize,
     /// Producers a segment remembers (DD4).
     pub producers_max: usize,
@@ -62,7 +64,7 @@ impl Default for ManagedLedgerConfig {
             snapshot_after_bytes: 1 << 20,
             dedup_snapshot_bytes: 64 << 20,
             idle_after: Duration::from_secs(600),
-            holes_max: 100_000,
+            holes_max: 200_000,
             producers_max: 100_000,
             session_idle: Duration::from_secs(900),
             commands_max: 16_384,

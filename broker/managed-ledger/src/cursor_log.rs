@@ -12,7 +12,7 @@ use geminga_proto::{
 };
 use prost::Message;
 
-use crate::cursor::Cursor;
+use crate::cursor::{self, Cursor};
 
 const FORMAT: u32 = 1;
 /// Bytes after which a snapshot goes on in another entry.
@@ -26,6 +26,8 @@ const DEDUP_PART_PRODUCERS: usize = 1_000;
 pub(crate) struct LogState {
     pub(crate) cursors: BTreeMap<SubscriptionId, Cursor>,
     pub(crate) dedup: DedupSnapshot,
+    /// Entries lost to damage since the last complete snapshot.
+    pub(crate) lost: u64,
 }
 
 /// An entry that cannot be read.
@@ -52,13 +54,13 @@ pub(crate) fn snapshot(id: u64, state: &LogState) -> Vec<Bytes> {
     let mut entries = Vec::new();
     let mut records = vec![Record::Begin(SnapshotBegin { snapshot: id })];
     let mut bytes = 0;
-    let cursors = state.cursors.iter().map(|(id, cursor)| Record::State(cursor.encode(*id)));
-    let next_offset = state.dedup.next_offset;
+    let cursors = state.cursors.iter().flat_map(|(id, cursor)| cursor.encode(*id));
     // At least one part, which says how far it goes.
     let parts = state.dedup.producers.chunks(DEDUP_PART_PRODUCERS);
     let parts = parts.chain(state.dedup.producers.is_empty().then_some(&[][..]));
-    let dedup =
-        parts.map(|part| Record::Dedup(DedupSnapshot { next_offset, producers: part.to_vec() }));
+    let whole = DedupSnapshot { producers: Vec::new(), ..state.dedup.clone() };
+    let dedup = parts
+        .map(|part| Record::Dedup(DedupSnapshot { producers: part.to_vec(), ..whole.clone() }));
     for record in cursors.chain(dedup) {
         bytes += record.encoded_len();
         records.push(record);
@@ -99,6 +101,8 @@ impl Fold {
     /// An entry could not be read at all.
     pub(crate) fn skip(&mut self) {
         (self.staged, self.torn) = (None, true);
+        self.state.lost += 1;
+        self.state.cursors.values_mut().for_each(Cursor::skip_numbers);
     }
 
     fn apply_record(&mut self, record: Record) {
@@ -121,24 +125,26 @@ impl Fold {
             Record::State(state) => {
                 target.cursors.insert(SubscriptionId(state.subscription), Cursor::decode(&state));
             }
-            Record::Acked(acked) => {
-                // Of a cursor that was lost to damage: it will be made anew and redeliver (C4).
-                if let Some(cursor) = target.cursors.get_mut(&SubscriptionId(acked.subscription)) {
-                    cursor.apply(&acked);
-                }
-            }
             Record::Removed(Removed { subscription }) => {
                 drop(target.cursors.remove(&SubscriptionId(subscription)))
             }
             Record::Dedup(dedup) => match &mut self.staged {
                 Some((_, staged)) => {
-                    staged.dedup.next_offset = dedup.next_offset;
-                    staged.dedup.producers.extend(dedup.producers);
+                    let mut producers = std::mem::take(&mut staged.dedup.producers);
+                    producers.extend(dedup.producers);
+                    staged.dedup = DedupSnapshot { producers, ..dedup };
                 }
                 // An older state only makes the replay longer (DD2); a part of one would forget what is stored.
                 None if self.torn => {}
                 None => self.state.dedup = dedup,
             },
+            // Of a cursor that was lost to damage: it will be made anew and redeliver (C4).
+            record => {
+                let of = cursor::subscription_of(&record);
+                if let Some(cursor) = of.and_then(|id| target.cursors.get_mut(&id)) {
+                    cursor.apply(&record);
+                }
+            }
         }
     }
 
@@ -169,7 +175,7 @@ mod tests {
     fn two_cursors() -> LogState {
         let mut state = LogState::default();
         for id in [1, 2] {
-            state.cursors.insert(SubscriptionId(id), Cursor::starting_at(Offset(id * 10)));
+            state.cursors.insert(SubscriptionId(id), Cursor::starting_at(Offset(id * 10), 0));
         }
         state.dedup.next_offset = 99;
         state
@@ -188,7 +194,7 @@ mod tests {
         let mut expected = two_cursors();
         let mut entries = snapshot(1, &expected);
         entries.push(acked(1, 14));
-        expected.cursors.insert(SubscriptionId(1), Cursor::starting_at(Offset(15)));
+        expected.cursors.insert(SubscriptionId(1), Cursor::starting_at(Offset(15), 0));
         assert_eq!(fold(&entries).into_state(), expected);
     }
 
@@ -197,8 +203,8 @@ mod tests {
         let mut large = two_cursors();
         for n in 0..120_000 {
             let hole = Acked { ranges: vec![100 + n * 3, 100 + n * 3], ..Acked::default() };
-            large.cursors.get_mut(&SubscriptionId(2)).expect("there").apply(&hole);
-            large.cursors.insert(SubscriptionId(10 + n), Cursor::starting_at(Offset(n)));
+            large.cursors.get_mut(&SubscriptionId(2)).expect("there").apply(&Record::Acked(hole));
+            large.cursors.insert(SubscriptionId(10 + n), Cursor::starting_at(Offset(n), 0));
         }
         let new = snapshot(2, &large);
         assert!(new.len() > 1, "it takes several entries");

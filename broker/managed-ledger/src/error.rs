@@ -48,6 +48,26 @@ pub enum ProducerError {
     /// The segment remembers as many producers as it may (DD4).
     #[error("the segment remembers {limit} producers, as many as it may")]
     TooManyProducers { limit: usize },
+    /// Since the epoch it holds another stream of its name was opened, or another producer fenced it. It is over with this
+    /// producer; who wants to go on all the same opens without an epoch.
+    #[error("the producer was fenced; its epoch is {current} by now")]
+    StaleEpoch { current: u64 },
+    /// Another producer has the segment for itself: open again when its stream has ended, or fence it.
+    #[error("the producer {holder:?} has the segment for itself")]
+    Held { holder: String },
+    /// It wants the segment for itself, and other producers have streams: open again when these have ended, or fence them.
+    #[error("other producers have streams on the segment")]
+    OthersConnected,
+    /// Only a named producer can fence others.
+    #[error("a producer without a name of its own fences nobody")]
+    NotNamed,
+    /// The epoch could not be granted: a new ledger needs more bookies. Open again after a pause.
+    #[error("too few bookies are writable: {0}")]
+    NotEnoughBookies(String),
+    /// The epoch cannot be granted: no ledger is open, and none can be opened while the metadata store does not answer (O3).
+    /// Open again after a pause.
+    #[error("no ledger is open, and the metadata store does not answer")]
+    MetadataUnavailable,
     /// The segment is no longer served here; reload and open there.
     #[error("the segment is no longer served here")]
     Fenced,
@@ -68,6 +88,13 @@ pub enum PublishError {
     /// Nothing was stored: a later stream of this producer was opened (DD5).
     #[error("a later stream of this producer was opened")]
     StaleStream,
+    /// Nothing was stored: another producer has the segment for itself, or had it since this one opened (see
+    /// [`crate::Access`]).
+    #[error("another producer has the segment for itself")]
+    ProducerFenced,
+    /// Nothing was stored, and what is chained behind it is refused as well: it would have got the offset `next`.
+    #[error("the next offset is {next}, not the expected one")]
+    UnexpectedOffset { next: Offset },
     /// The producer is not remembered; open again. Nothing was stored of this batch.
     #[error("the producer is not open")]
     UnknownProducer,
@@ -84,6 +111,12 @@ pub enum PublishError {
     /// while the metadata store does not answer (O3). Send again after a pause.
     #[error("no ledger is open, and the metadata store does not answer")]
     MetadataUnavailable,
+    /// Nothing was stored, and what is chained behind it is refused as well: too much waits for the slowest subscription.
+    /// Send again after a pause, or settle first.
+    #[error(
+        "{bytes} bytes wait for the slowest subscription, the oldest for {age_ms} ms: more than the quota"
+    )]
+    BacklogQuota { bytes: u64, age_ms: u64 },
     /// Nothing was stored: the owner has too much to do.
     #[error("the segment's queue is full")]
     Busy,
@@ -121,7 +154,8 @@ pub enum SettleError {
     /// Nothing was settled: an offset at or past the end, or a run that ends before it starts.
     #[error("only stored offsets below {end} can be settled")]
     OutOfRange { end: Offset },
-    /// Nothing was settled: the cursor would have more than `limit` runs; settle the oldest first.
+    /// Nothing was settled: the cursor would have more than `limit` runs (settled, pending, dead), or the change alone is larger
+    /// than a record may be. Settle the oldest first, and deliver no more until there is room.
     #[error("the cursor has {limit} runs of settled offsets, as many as it may")]
     TooManyHoles { limit: usize },
     /// The record could not be written in time for lack of bookies. It may still come into force; settling again is safe.

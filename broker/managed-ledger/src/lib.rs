@@ -7,7 +7,8 @@
 //! Main path: [`segment`]'s owner task checks the chain ([`dedup`]), gives the offset, appends to the open ledger, and rolls
 //! it through list changes ([`change`]); [`takeover`] and [`load`] bring a segment back; `read.rs` serves readers beside it;
 //! [`offload`] moves old ledgers to object storage, and `segment/tier.rs` trims what nobody needs.
-//! The decisions are plain synchronous code: [`dedup`], [`cursor`], [`list`], `cursor_log.rs`.
+//! The decisions are plain synchronous code: [`dedup`], [`cursor`] and `redelivery.rs`, [`list`],
+//! `cursor_log.rs`.
 //! What it deliberately does not know: topics' names, subscriptions' names, consumers, gRPC.
 
 mod backlog;
@@ -20,12 +21,15 @@ mod entry_cache;
 pub mod entry_header;
 mod error;
 mod factory;
+mod limits;
 pub mod list;
 mod load;
 mod mark_delete;
 mod metrics;
 pub mod offload;
 mod read;
+mod redelivery;
+mod run_map;
 mod segment;
 mod takeover;
 #[cfg(test)]
@@ -39,9 +43,13 @@ pub use error::{
 };
 pub use factory::{ManagedLedgers, ManagedLedgersParts};
 pub use metrics::ManagedLedgerMetrics;
-pub use offload::{ColdStorage, ColdStorageConfig, ColdStorageError, SweepError, TierPolicy};
+pub use offload::{
+    BacklogAction, ColdStorage, ColdStorageConfig, ColdStorageError, SweepError, TierPolicy,
+};
+pub use redelivery::{CONSUMER_BYTES_MAX, REASON_BYTES_MAX};
 pub use segment::ManagedLedger;
 pub use types::{
-    Claim, CursorView, Outcome, ProducerIdentity, ProducerOpen, ProducerOpened, PublishBatch,
-    Settlement, Start, Stats, Status, Stored, StoredBatch, TierProgress, TierStatus,
+    Access, Claim, CursorView, DeadLetter, KeyOwner, LeaseRecord, Outcome, ProducerIdentity,
+    ProducerOpen, ProducerOpened, PublishBatch, Redelivery, RedeliveryView, Settlement, Start,
+    Stats, Status, Stored, StoredBatch, TierProgress, TierStatus,
 };

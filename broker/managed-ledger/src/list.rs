@@ -85,6 +85,16 @@ impl Listed {
     }
 }
 
+/// The secret that signs handles (L4). It is shown nowhere.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct HandleKey(pub [u8; 32]);
+
+impl std::fmt::Debug for HandleKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("HandleKey")
+    }
+}
+
 /// The decoded, checked list value.
 #[derive(Clone, Debug, PartialEq)]
 pub struct List {
@@ -101,6 +111,8 @@ pub struct List {
     pub first_offset: Offset,
     /// Where the next ledger starts while `data` is empty.
     pub next_offset: Offset,
+    /// Signs the handles of deliveries, over all owners (L4); zeros before the first takeover, which draws it.
+    pub handle_key: HandleKey,
     /// Kept as read: delayed messages are not of this version.
     timers: Vec<wire::LedgerEntry>,
 }
@@ -122,6 +134,7 @@ impl List {
             inline_snapshot: Bytes::new(),
             first_offset: Offset(0),
             next_offset: Offset(0),
+            handle_key: HandleKey::default(),
             timers: Vec::new(),
         }
     }
@@ -130,6 +143,12 @@ impl List {
     pub fn ledgers(&self) -> impl Iterator<Item = (Log, &Listed)> + '_ {
         let data = self.data.iter().map(|listed| (Log::Data, listed));
         data.chain(self.cursor_log.iter().map(|listed| (Log::Cursor, listed)))
+    }
+
+    /// Whether the key that signs handles was drawn.
+    #[must_use]
+    pub fn has_handle_key(&self) -> bool {
+        self.handle_key != HandleKey::default()
     }
 
     fn find_mut(&mut self, id: LedgerId) -> Option<&mut Listed> {
@@ -320,6 +339,10 @@ impl List {
             inline_snapshot: self.inline_snapshot.clone(),
             first_offset: self.first_offset.0,
             next_offset: self.next_offset.0,
+            handle_key: match self.has_handle_key() {
+                true => Bytes::copy_from_slice(&self.handle_key.0),
+                false => Bytes::new(),
+            },
         }
     }
 
@@ -338,6 +361,11 @@ impl List {
             16 => value.epoch_nonce[..].try_into().expect("16 bytes"),
             other => return Err(ListError(format!("has an epoch nonce of {other} bytes"))),
         };
+        let handle_key = match value.handle_key.len() {
+            0 => HandleKey::default(),
+            32 => HandleKey(value.handle_key[..].try_into().expect("32 bytes")),
+            other => return Err(ListError(format!("has a handle key of {other} bytes"))),
+        };
         let ledgers = |entries: Vec<wire::LedgerEntry>| -> Result<Vec<Listed>, ListError> {
             entries.into_iter().map(from_wire).collect()
         };
@@ -349,6 +377,7 @@ impl List {
             inline_snapshot: Bytes::copy_from_slice(&value.inline_snapshot),
             first_offset: Offset(value.first_offset),
             next_offset: Offset(value.next_offset),
+            handle_key,
             timers: value.timers,
         };
         list.validate()?;

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use geminga_proto::ids::{Offset, SegmentId};
+use geminga_proto::{
+    ids::{LedgerId, Offset, SegmentId},
+    storage::v1::entry_header::control::Kind,
+};
 
 use crate::{
     change::Current,
@@ -10,7 +13,7 @@ use crate::{
     dedup::{ProducerId, Window},
     error::{LoadError, ReadError},
     factory::ManagedLedgers,
-    list::List,
+    list::{List, Listed},
     read::View,
     segment::{self, Loaded, ManagedLedger},
     takeover::Taken,
@@ -32,7 +35,10 @@ pub(crate) async fn load(
     taken: Taken,
 ) -> Result<ManagedLedger, LoadError> {
     let view = Arc::new(View::new(ledgers.clone(), segment, taken.list.clone()));
-    let state = load_cursor_log(ledgers, &view, &taken.list).await?;
+    let mut state = load_cursor_log(ledgers, &view, &taken.list).await?;
+    // One that damage sent back to the beginning (C4) begins with what is kept.
+    let first = taken.list.first_offset;
+    state.cursors.values_mut().for_each(|cursor| cursor.settle_trimmed(first));
     let (window, replayed_bytes) = load_window(&view, &taken.list, &state).await?;
     tracing::info!(
         topic = segment.topic.0,
@@ -45,7 +51,8 @@ pub(crate) async fn load(
     );
     let current = Current { list: taken.list, revision: taken.revision };
     let dedup_next = Offset(state.dedup.next_offset);
-    let loaded = Loaded { current, window, replayed_bytes, dedup_next };
+    let lost = state.lost;
+    let loaded = Loaded { current, window, replayed_bytes, dedup_next, lost };
     Ok(segment::start(ledgers.clone(), segment, view, state.cursors, loaded))
 }
 
@@ -75,6 +82,15 @@ pub(crate) async fn load_cursor_log(
     Ok(fold.into_state())
 }
 
+/// Whether the snapshot has seen every entry of this ledger.
+fn covered(list: &List, listed: &Listed, state: &LogState) -> bool {
+    let place = |id| list.data.iter().position(|listed| listed.id == id);
+    let (at, here) = (place(LedgerId(state.dedup.ledger)), place(listed.id));
+    listed.counts.entries == 0
+        || here < at
+        || (here == at && state.dedup.entries >= listed.counts.entries)
+}
+
 /// DD2: snapshot at offset p, and every entry from p on; and how many bytes those are.
 async fn load_window(
     view: &View,
@@ -82,15 +98,20 @@ async fn load_window(
     state: &LogState,
 ) -> Result<(Window, u64), LoadError> {
     let mut replayed_bytes = 0;
-    let mut window = Window::restore(&state.dedup.producers);
+    let mut window = Window::restore(&state.dedup);
     let from = Offset(state.dedup.next_offset.max(list.first_offset.0));
     for listed in &list.data {
         let end = listed.base_offset.advance(listed.counts.records);
-        if end <= from {
+        // One that ends here may hold grants from after the snapshot.
+        if end < from || (end == from && covered(list, listed, state)) {
             continue;
         }
         view.replay(listed, from.max(listed.base_offset), |batch| {
             replayed_bytes += batch.payload.len() as u64;
+            let control = batch.header.control.as_ref().and_then(|control| control.kind.as_ref());
+            if let Some(Kind::Grant(grant)) = control {
+                window.replay_grant(grant, batch.header.publish_time_ms);
+            }
             if let Some(producer) = &batch.header.producer {
                 let id = ProducerId::from(producer.name.clone());
                 let at = batch.header.publish_time_ms;

@@ -66,6 +66,27 @@ impl MarkDelete {
         self.absorb();
     }
 
+    /// The parts of `first..end` that are not settled, ascending.
+    #[must_use]
+    pub(crate) fn open_within(&self, first: u64, end: u64) -> Vec<(u64, u64)> {
+        let mut at = first.max(self.next);
+        let mut open = Vec::new();
+        if at >= end {
+            return open;
+        }
+        let left = self.runs.range(..at).next_back();
+        for (&run, &run_end) in left.into_iter().chain(self.runs.range(at..end)) {
+            if at < run {
+                open.push((at, run));
+            }
+            at = at.max(run_end);
+        }
+        if at < end {
+            open.push((at, end));
+        }
+        open
+    }
+
     /// Gap, length, gap, length ... from mark-delete on (the stored form).
     #[must_use]
     pub(crate) fn encode_runs(&self) -> Vec<u64> {
@@ -143,6 +164,10 @@ mod tests {
                 }
                 let decoded = MarkDelete::decode(marks.next(), &marks.encode_runs());
                 prop_assert_eq!(&decoded, &marks);
+                let open: Vec<u64> =
+                    marks.open_within(first, first + length).into_iter().flat_map(|(f, e)| f..e).collect();
+                let expected: Vec<u64> = (first..first + length).filter(|o| !naive.contains(o)).collect();
+                prop_assert_eq!(open, expected);
             }
         }
 

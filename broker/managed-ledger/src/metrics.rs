@@ -26,6 +26,8 @@ pub struct ManagedLedgerMetrics {
     /// Settle records made durable, and the log entries they took.
     pub settles: Counter,
     pub settle_entries: Counter,
+    /// Runs of first deliveries that were not logged (L2).
+    pub leases_dropped: Counter,
     /// Full cursor snapshots written.
     pub snapshots: Counter,
     /// Cursor-log entries that could not be read and were skipped on load (C4): a human looks.
@@ -50,6 +52,9 @@ pub struct ManagedLedgerMetrics {
     pub object_damage: Counter,
     /// Objects removed because no list names them.
     pub objects_swept: Counter,
+    /// Messages that expired, and that were evicted because of a quota, of each subscription.
+    pub expired_messages: Counter,
+    pub evicted_messages: Counter,
     /// Segments in service.
     pub segments: Gauge,
 }
@@ -67,6 +72,7 @@ impl Default for ManagedLedgerMetrics {
             cache_misses: Counter::default(),
             settles: Counter::default(),
             settle_entries: Counter::default(),
+            leases_dropped: Counter::default(),
             snapshots: Counter::default(),
             damaged_cursor_entries: Counter::default(),
             uploads: Counter::default(),
@@ -81,6 +87,8 @@ impl Default for ManagedLedgerMetrics {
             object_read_bytes: Counter::default(),
             object_damage: Counter::default(),
             objects_swept: Counter::default(),
+            expired_messages: Counter::default(),
+            evicted_messages: Counter::default(),
             segments: Gauge::default(),
         }
     }
@@ -100,6 +108,7 @@ impl ManagedLedgerMetrics {
         counter("cache_misses", "Batches read from bookies", &metrics.cache_misses);
         counter("settles", "Settles made durable", &metrics.settles);
         counter("settle_entries", "Cursor-log entries written", &metrics.settle_entries);
+        counter("leases_dropped", "Runs of first deliveries not logged", &metrics.leases_dropped);
         counter("snapshots", "Cursor snapshots written", &metrics.snapshots);
         counter(
             "damaged_cursor_entries",
@@ -125,6 +134,8 @@ impl ManagedLedgerMetrics {
         counter("object_read_bytes", "Bytes read from cold storage", &metrics.object_read_bytes);
         counter("object_damage", "Damaged blocks in cold storage", &metrics.object_damage);
         counter("objects_swept", "Objects removed that no list names", &metrics.objects_swept);
+        counter("expired_messages", "Messages that outlived their time", &metrics.expired_messages);
+        counter("evicted_messages", "Messages evicted by a quota", &metrics.evicted_messages);
         registry.register(
             "geminga_managed_ledger_segments",
             "Segments in service",

@@ -2,6 +2,7 @@
 //! the owner task, on a view of what is confirmed (RD2).
 
 mod place;
+mod time;
 
 use std::{
     collections::BTreeMap,
@@ -295,11 +296,14 @@ impl View {
                 self.entries(&place, EntryRange { first: next, last }, SCAN_BYTES).await?;
             for entry in entries {
                 next = entry.id.next();
-                if let Some(batch) = decode(listed.id, &entry)? {
-                    self.index(listed.id, batch.base_offset, entry.id);
-                    if batch.base_offset >= from {
-                        each(batch);
-                    }
+                let (header, payload) = entry_header::decode(&entry.payload)
+                    .map_err(|error| damaged(listed.id, error))?;
+                let base_offset = Offset(header.base_offset);
+                if header.count > 0 {
+                    self.index(listed.id, base_offset, entry.id);
+                }
+                if base_offset >= from {
+                    each(StoredBatch { base_offset, header, payload });
                 }
             }
         }

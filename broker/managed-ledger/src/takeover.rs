@@ -20,7 +20,7 @@ use crate::{
     entry_header,
     error::{DeleteError, LoadError},
     factory::ManagedLedgers,
-    list::{Counts, List, ListedState, Log},
+    list::{Counts, HandleKey, List, ListedState, Log},
     types::Claim,
 };
 
@@ -91,6 +91,11 @@ impl ManagedLedgers {
         let generation = Epoch(generation_base_64(self.parts().config.generation));
         list.epoch = Epoch(read_epoch.max(generation).0 + 1); // O2
         list.epoch_nonce = nonce;
+        if !list.has_handle_key() {
+            let random = &self.parts().random;
+            let key = [random.uuid(), random.uuid()].concat();
+            list.handle_key = HandleKey(key.try_into().expect("16 + 16"));
+        }
         let mut txn = Txn::new();
         if let Some(claim) = claim {
             txn = txn.when(Compare::CreateRevision(claim.key.clone(), claim.create_revision));

@@ -47,12 +47,36 @@ pub enum ProducerIdentity {
     Resume(Bytes),
 }
 
+/// Who may publish to the segment beside a producer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Access {
+    #[default]
+    Shared,
+    /// Nobody, while its stream is open. Refused while a stream of another producer is.
+    Exclusive,
+    /// As exclusive; the others are fenced instead. That outlives the owner: a fenced session, or a named producer that goes on
+    /// from an epoch it holds, stays out. Named producers only.
+    ExclusiveWithFencing,
+}
+
 /// Opens a stream of batches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProducerOpen {
     pub identity: ProducerIdentity,
-    /// Must not fall for one producer (DD5).
+    /// Must not fall for one producer (DD5). A named producer is granted a new epoch for a higher one (DD4).
     pub stream_number: u64,
+    pub access: Access,
+    /// A named producer that comes back: the epoch it was told. Refused if the name has got a later one since, or if it was
+    /// fenced. None: it begins anew.
+    pub held_epoch: Option<u64>,
+}
+
+impl ProducerOpen {
+    /// A shared stream that begins anew.
+    #[must_use]
+    pub fn shared(identity: ProducerIdentity, stream_number: u64) -> Self {
+        Self { identity, stream_number, access: Access::Shared, held_epoch: None }
+    }
 }
 
 /// An open stream of batches.
@@ -62,6 +86,7 @@ pub struct ProducerOpened {
     pub name: String,
     /// Resumes a session; empty for a named producer, whose name does.
     pub token: Bytes,
+    /// Of a named producer, from 1 (DD4); 0 for a session.
     pub epoch: u64,
     /// Everything at or below is stored (DD1).
     pub persisted: u64,
@@ -82,6 +107,8 @@ pub struct PublishBatch {
     pub uncompressed_size: u32,
     pub index: RecordIndex,
     pub payload: Bytes,
+    /// Stored only if its first message gets this offset. A repeat of what is stored is a duplicate all the same.
+    pub expected_offset: Option<Offset>,
     /// W3C traceparent of the send, stored with the batch; empty: the trace is not recorded.
     pub traceparent: String,
     /// The span that the adds of this batch are below.
@@ -115,6 +142,84 @@ pub enum Settlement {
     Accept(Vec<(Offset, Offset)>),
     /// Everything at or below.
     UpTo(Offset),
+    /// The attempts of these messages ended: durable before they are delivered again (L1, L3). Replaces pending and lease
+    /// entries of the offsets; what is settled or decided to be dead stays so.
+    Redeliver(Vec<Redelivery>),
+    /// These messages go to the dead-letter topic. Numbers follow [`RedeliveryView::dead_letters`] without a gap, counting
+    /// decisions that are still on their way to the log. The message is settled by an `Accept` once its copy is stored.
+    DeadLetter(Vec<DeadLetter>),
+    /// The whole table of a key-shared subscription (L5): acknowledged before it takes effect. At most 256 KiB encoded.
+    Keys(Vec<KeyOwner>),
+    /// The exact lease table of a clean end (L4): replaces all.
+    Leases(Vec<LeaseRecord>),
+    /// A seek to this offset, or to the nearest one between the first kept and the end. Everything below counts as settled,
+    /// nothing above; no redelivery state is left but the key table and the count of decisions. Begins a new reset epoch
+    /// (C2): settlements called before it count for nothing after it.
+    Reset(Offset),
+}
+
+/// Messages whose attempt ended: inclusive run, the number of the next delivery (from 1), and when it is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Redelivery {
+    pub first: Offset,
+    pub last: Offset,
+    pub attempt: u32,
+    /// Wall clock, ms; 0: at once.
+    pub due_ms: u64,
+}
+
+/// A message that goes to the dead-letter topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// Dense per cursor, from 1: the sequence of the copy.
+    pub number: u64,
+    pub offset: Offset,
+    /// Deliveries it had.
+    pub attempt: u32,
+    /// Cut after 256 bytes.
+    pub reason: String,
+}
+
+/// Who gets the messages whose key hash is in `first..=last`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyOwner {
+    pub first: u32,
+    pub last: u32,
+    /// At most 256 bytes.
+    pub consumer: String,
+}
+
+/// Messages that are with a consumer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseRecord {
+    /// The instance.
+    pub consumer: u64,
+    /// At most 256 bytes.
+    pub name: String,
+    /// Inclusive runs.
+    pub ranges: Vec<(Offset, Offset)>,
+    /// The number of this delivery.
+    pub attempt: u32,
+    /// Restarted in full by whoever loads it; 0: as long as it is connected.
+    pub left_ms: u64,
+}
+
+/// The redelivery state of a cursor, as it is durable now. Settled messages are in none of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RedeliveryView {
+    /// Ascending, disjoint. Also below a lease of the same attempt: the attempt holds when the lease is lost.
+    pub pending: Vec<Redelivery>,
+    /// By consumer; first deliveries may be missing (L2).
+    pub leases: Vec<LeaseRecord>,
+    /// The last owner closed cleanly, and `leases` is all there was (L4).
+    pub leases_exact: bool,
+    /// Decided and not settled, by number: their copies may be missing.
+    pub dead: Vec<DeadLetter>,
+    /// The number of the last decision.
+    pub dead_letters: u64,
+    pub keys: Vec<KeyOwner>,
+    /// Rises with each reset (C2).
+    pub reset_epoch: u64,
 }
 
 /// A cursor as it is durable now.

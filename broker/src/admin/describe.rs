@@ -2,19 +2,19 @@
 
 use std::time::Duration;
 
-use geminga_managed_ledger::TierPolicy;
+use geminga_managed_ledger::{BacklogAction, TierPolicy};
 use geminga_proto::{
     admin::v1::{
         CursorState, Namespace, Policies, SegmentState, SegmentTier, Subscription, Tenant, Topic,
     },
     ids::SubscriptionId,
     internal::v1::segment_request::{Describe, Verb},
-    v1::SubscriptionStart,
+    v1::{self as pb, SubscriptionStart},
 };
 
 use crate::{
     catalog::{self, Start},
-    context::Context,
+    context::Shared,
     ownership::Segment,
     relay,
 };
@@ -51,7 +51,7 @@ pub(super) fn topic(topic: &catalog::Topic) -> Topic {
 }
 
 /// With the state of every segment, by its owner; one that nobody has loaded is not loaded for the question.
-pub(super) async fn topic_with_segments(context: &Context, found: &catalog::Topic) -> Topic {
+pub(super) async fn topic_with_segments(context: &Shared, found: &catalog::Topic) -> Topic {
     let states = found.segment_ids().map(|id| async move {
         let reply = relay::ask_if_claimed(context, id, Verb::Describe(Describe {})).await;
         let unknown = SegmentState { segment: id.segment, ..SegmentState::default() };
@@ -88,10 +88,10 @@ pub(super) fn subscription(
         created_at_ms: subscription.created_at_ms,
         start: start.into(),
         cursors: Vec::new(),
+        settings: Some(subscription.settings.clone()),
     }
 }
 
-/// The cursor of a subscription on a loaded segment.
 /// Where the closed ledgers of a segment that is here lie.
 pub(crate) fn tier(segment: &Segment) -> SegmentTier {
     let status = segment.ledger().tier_status();
@@ -118,16 +118,32 @@ fn in_force(policy: &TierPolicy) -> Policies {
         delete_lag_ms: Some(millis(policy.delete_lag)),
         retention_ms: policy.retention_ms,
         retention_bytes: policy.retention_bytes,
+        ttl_ms: policy.ttl_ms,
+        backlog_quota_bytes: policy.backlog_quota_bytes,
+        backlog_quota_ms: policy.backlog_quota_ms,
+        backlog_action: Some(backlog_action(policy.backlog_action).into()),
     }
 }
 
+fn backlog_action(action: BacklogAction) -> pb::BacklogAction {
+    match action {
+        BacklogAction::Reject => pb::BacklogAction::Reject,
+        BacklogAction::Hold => pb::BacklogAction::Hold,
+        BacklogAction::EvictOldest => pb::BacklogAction::EvictOldest,
+    }
+}
+
+/// The cursor of a subscription on a loaded segment.
 pub(crate) fn cursor(segment: &Segment, subscription: SubscriptionId) -> Option<CursorState> {
     let cursor = segment.ledger().cursor(subscription)?;
+    let seen = segment.dispatchers().seen(subscription).unwrap_or_default();
     Some(CursorState {
         segment: segment.id().segment,
         mark_delete_next: cursor.mark_delete_next.0,
         backlog_messages: cursor.backlog,
         holes: u32::try_from(cursor.holes.len()).unwrap_or(u32::MAX),
-        consumer: segment.consumers().name(subscription),
+        consumer: seen.consumer,
+        consumers: seen.consumers,
+        dead_letters: crate::subscription::dead_letters(segment, subscription),
     })
 }

@@ -30,6 +30,10 @@ pub(super) async fn set(
         delete_lag_ms: set.delete_lag_ms,
         retention_ms: set.retention_ms,
         retention_bytes: set.retention_bytes,
+        ttl_ms: set.ttl_ms,
+        backlog_quota_bytes: set.backlog_quota_bytes,
+        backlog_quota_ms: set.backlog_quota_ms,
+        backlog_action: set.backlog_action,
     };
     let change = PolicyChange::new(set, &request.unset)?;
     context.catalog.change_policies(&scope, &change).await?;
@@ -55,5 +59,9 @@ fn policies(stored: &storage::Policies) -> Policies {
         delete_lag_ms: stored.delete_lag_ms,
         retention_ms: stored.retention_ms,
         retention_bytes: stored.retention_bytes,
+        ttl_ms: stored.ttl_ms,
+        backlog_quota_bytes: stored.backlog_quota_bytes,
+        backlog_quota_ms: stored.backlog_quota_ms,
+        backlog_action: stored.backlog_action,
     }
 }

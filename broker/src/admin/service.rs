@@ -2,20 +2,21 @@
 
 use geminga_proto::{
     admin::v1::{
-        Cluster, CreateNamespaceRequest, CreateSubscriptionRequest, CreateTenantRequest,
-        CreateTopicRequest, DeleteNamespaceRequest, DeleteNamespaceResponse,
-        DeleteSubscriptionRequest, DeleteSubscriptionResponse, DeleteTenantRequest,
-        DeleteTenantResponse, DeleteTopicRequest, DeleteTopicResponse, DescribeClusterRequest,
-        DescribeLedgerRequest, DescribeNamespaceRequest, DescribeSubscriptionRequest,
-        DescribeTenantRequest, DescribeTopicRequest, DrainBookieRequest, DrainBookieResponse,
-        DrainBrokerRequest, DrainBrokerResponse, GetPoliciesRequest, Ledger, ListBookiesRequest,
-        ListBookiesResponse, ListBrokersRequest, ListBrokersResponse, ListLedgersRequest,
+        CancelDelayedRequest, CancelDelayedResponse, Cluster, CreateNamespaceRequest,
+        CreateSubscriptionRequest, CreateTenantRequest, CreateTopicRequest, DeleteNamespaceRequest,
+        DeleteNamespaceResponse, DeleteSubscriptionRequest, DeleteSubscriptionResponse,
+        DeleteTenantRequest, DeleteTenantResponse, DeleteTopicRequest, DeleteTopicResponse,
+        DescribeClusterRequest, DescribeLedgerRequest, DescribeNamespaceRequest,
+        DescribeSubscriptionRequest, DescribeTenantRequest, DescribeTopicRequest,
+        DrainBookieRequest, DrainBookieResponse, DrainBrokerRequest, DrainBrokerResponse,
+        GetPoliciesRequest, Ledger, ListBookiesRequest, ListBookiesResponse, ListBrokersRequest,
+        ListBrokersResponse, ListDelayedRequest, ListDelayedResponse, ListLedgersRequest,
         ListLedgersResponse, ListNamespacesRequest, ListNamespacesResponse,
         ListSubscriptionsRequest, ListSubscriptionsResponse, ListTenantsRequest,
         ListTenantsResponse, ListTopicsRequest, ListTopicsResponse, LocateTopicRequest,
         LocateTopicResponse, Namespace, OffloadTopicRequest, PoliciesResponse, SetPoliciesRequest,
-        Subscription, Tenant, TierStatusRequest, TierStatusResponse, Topic, VerifyTierRequest,
-        admin_server::Admin,
+        Subscription, Tenant, TierStatusRequest, TierStatusResponse, Topic,
+        UpdateSubscriptionRequest, VerifyTierRequest, admin_server::Admin,
     },
     internal::v1::segment_request::{DescribeCursor, OffloadTier, Verb, VerifyTier},
     names::{NamespaceName, SubscriptionName, TenantName, TopicName},
@@ -26,8 +27,14 @@ use tonic::{Request, Response, Status};
 
 use super::{bookies, cluster, describe, ledgers, policies, tier};
 use crate::{
-    auth::Authorized, catalog::PageRequest, context::Shared, errors::Refusal, lifecycle,
-    listener::Connection, relay, subscription::start_of,
+    auth::Authorized,
+    catalog::PageRequest,
+    context::Shared,
+    errors::Refusal,
+    lifecycle,
+    listener::Connection,
+    relay,
+    subscription::{self, start_of},
 };
 
 /// The service.
@@ -227,8 +234,10 @@ impl Admin for AdminService {
         self.call(request, |s, r| async move {
             let topic = s.catalog.topic(&TopicName::parse(&r.topic)?).await?;
             let (name, start) = (SubscriptionName::parse(&r.name)?, start_of(r.start)?);
+            let settings = subscription::settings(&r.settings.unwrap_or_default())?;
+            let start = (start, false);
             let subscription =
-                lifecycle::create_subscription(&s, &topic, &name, start, false).await?;
+                lifecycle::create_subscription(&s, &topic, &name, start, Some(&settings)).await?;
             Ok(describe::subscription(&topic, &subscription))
         })
         .await
@@ -382,5 +391,33 @@ impl Admin for AdminService {
         let verb = Verb::VerifyTier(VerifyTier {});
         let steps = tier::walk(&self.0, &connection, &request, &request.topic, verb).await;
         steps.map(Response::new).map_err(|refusal| self.0.refused(refusal))
+    }
+
+    async fn update_subscription(
+        &self,
+        request: Request<UpdateSubscriptionRequest>,
+    ) -> Result<Response<Subscription>, Status> {
+        self.call(request, |s, r| async move {
+            let topic = s.catalog.topic(&TopicName::parse(&r.topic)?).await?;
+            let name = SubscriptionName::parse(&r.name)?;
+            let settings = r.settings.ok_or_else(|| Refusal::request("settings are missing"))?;
+            let updated = lifecycle::update_subscription(&s, &topic, &name, &settings).await?;
+            Ok(describe::subscription(&topic, &updated))
+        })
+        .await
+    }
+
+    async fn list_delayed(
+        &self,
+        request: Request<ListDelayedRequest>,
+    ) -> Result<Response<ListDelayedResponse>, Status> {
+        self.call(request, |s, r| async move { subscription::list_delayed(&s, r).await }).await
+    }
+
+    async fn cancel_delayed(
+        &self,
+        request: Request<CancelDelayedRequest>,
+    ) -> Result<Response<CancelDelayedResponse>, Status> {
+        self.call(request, |s, r| async move { subscription::cancel_delayed(&s, r).await }).await
     }
 }

@@ -9,7 +9,7 @@ use geminga_proto::{
 
 use crate::{
     auth::Authorized,
-    context::{Context, Shared},
+    context::Shared,
     errors::Refusal,
     listener::Connection,
     relay::{self, Steps},
@@ -19,7 +19,7 @@ use crate::{
 const SEGMENTS_AT_ONCE: usize = 4;
 
 pub(super) async fn status(
-    context: &Context,
+    context: &Shared,
     request: &TierStatusRequest,
 ) -> Result<TierStatusResponse, Refusal> {
     let topic = context.catalog.topic(&TopicName::parse(&request.topic)?).await?;

@@ -3,18 +3,22 @@
 
 use geminga_proto::{
     admin::v1::{
-        CreateNamespaceRequest, CreateSubscriptionRequest, CreateTenantRequest, CreateTopicRequest,
-        DeleteNamespaceRequest, DeleteSubscriptionRequest, DeleteTenantRequest, DeleteTopicRequest,
-        DescribeClusterRequest, DescribeLedgerRequest, DescribeNamespaceRequest,
-        DescribeSubscriptionRequest, DescribeTenantRequest, DescribeTopicRequest,
-        DrainBookieRequest, DrainBrokerRequest, GetPoliciesRequest, ListBookiesRequest,
-        ListBrokersRequest, ListLedgersRequest, ListNamespacesRequest, ListSubscriptionsRequest,
-        ListTenantsRequest, ListTopicsRequest, LocateTopicRequest, OffloadTopicRequest,
-        SetPoliciesRequest, TierStatusRequest, VerifyTierRequest,
+        CancelDelayedRequest, CreateNamespaceRequest, CreateSubscriptionRequest,
+        CreateTenantRequest, CreateTopicRequest, DeleteNamespaceRequest, DeleteSubscriptionRequest,
+        DeleteTenantRequest, DeleteTopicRequest, DescribeClusterRequest, DescribeLedgerRequest,
+        DescribeNamespaceRequest, DescribeSubscriptionRequest, DescribeTenantRequest,
+        DescribeTopicRequest, DrainBookieRequest, DrainBrokerRequest, GetPoliciesRequest,
+        ListBookiesRequest, ListBrokersRequest, ListDelayedRequest, ListLedgersRequest,
+        ListNamespacesRequest, ListSubscriptionsRequest, ListTenantsRequest, ListTopicsRequest,
+        LocateTopicRequest, OffloadTopicRequest, SetPoliciesRequest, TierStatusRequest,
+        UpdateSubscriptionRequest, VerifyTierRequest,
     },
     internal::v1::SegmentRequest,
     names::{NamespaceName, SubscriptionName, TenantName, TopicName},
-    v1::{OpenConsume, OpenPublish, PublishRequest, SettleRequest, WatchRequest},
+    v1::{
+        ExplainRequest, OpenConsume, OpenPublish, PeekRequest, PublishRequest, PullRequest,
+        SeekRequest, SettleRequest, WatchRequest,
+    },
 };
 
 use super::{Action, Resource};
@@ -73,6 +77,13 @@ table! {
     PublishRequest              => |r| Publish,  topic(&r.topic)?;
     OpenPublish                 => |r| Publish,  topic(&r.topic)?;
     SettleRequest               => |r| Consume,  subscription(&r.topic, &r.subscription)?;
+    PullRequest                 => |r| Consume,  subscription(&r.topic, &r.subscription)?;
+    SeekRequest                 => |r| Consume,  subscription(&r.topic, &r.subscription)?;
+    PeekRequest                 => |r| Consume,  topic(&r.topic)?;
+    ExplainRequest              => |r| Describe, subscription(&r.topic, &r.subscription)?;
+    UpdateSubscriptionRequest   => |r| Configure, subscription(&r.topic, &r.name)?;
+    ListDelayedRequest          => |r| Describe, subscription(&r.topic, &r.subscription)?;
+    CancelDelayedRequest        => |r| Consume,  subscription(&r.topic, &r.subscription)?;
     CreateTenantRequest         => |_r| Create,  cluster();
     ListTenantsRequest          => |_r| List,    cluster();
     DescribeTenantRequest       => |r| Describe, tenant(&r.name)?;
@@ -108,6 +119,9 @@ table! {
 impl Authorized for OpenConsume {
     /// Consuming needs the subscription; creating it on the way needs what `CreateSubscription` needs.
     fn needs(&self) -> Result<Vec<(Action, Resource)>, Refusal> {
+        if self.reader.is_some() {
+            return Ok(vec![(Action::Consume, topic(&self.topic)?)]);
+        }
         let mut needs = vec![(Action::Consume, subscription(&self.topic, &self.subscription)?)];
         if self.create_at.is_some() {
             needs.push((Action::Create, topic(&self.topic)?));

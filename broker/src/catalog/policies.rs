@@ -9,6 +9,7 @@ use geminga_proto::{
     ids::TopicId,
     names::{NamespaceName, TopicName},
     storage::v1::{NamespaceValue, Policies, TopicValue},
+    v1::BacklogAction,
 };
 use prost::Message;
 
@@ -29,6 +30,10 @@ pub const BUILT_IN: Policies = Policies {
     delete_lag_ms: Some(DELETE_LAG_MS),
     retention_ms: None,
     retention_bytes: None,
+    ttl_ms: None,
+    backlog_quota_bytes: None,
+    backlog_quota_ms: None,
+    backlog_action: Some(BacklogAction::Reject as i32),
 };
 
 /// From an upload to the deletion on bookies (X3).
@@ -55,12 +60,21 @@ pub struct Field {
 macro_rules! fields {
     ($($name:ident <= $max:expr;)*) => {
         /// Every field.
-        pub const FIELDS: &[Field] = &[$(Field {
-            name: stringify!($name),
-            value_max: $max,
-            get: |policies| policies.$name,
-            set: |policies, value| policies.$name = value,
-        }),*];
+        pub const FIELDS: &[Field] = &[
+            $(Field {
+                name: stringify!($name),
+                value_max: $max,
+                get: |policies| policies.$name,
+                set: |policies, value| policies.$name = value,
+            },)*
+            // The one that is no number: by its number on the wire.
+            Field {
+                name: "backlog_action",
+                value_max: BacklogAction::EvictOldest as u64,
+                get: |policies| policies.backlog_action.map(|action| u64::from(action.unsigned_abs())),
+                set: |policies, value| policies.backlog_action = value.and_then(|v| i32::try_from(v).ok()),
+            },
+        ];
     };
 }
 
@@ -70,6 +84,9 @@ fields! {
     delete_lag_ms       <= TIME_MAX_MS;
     retention_ms        <= TIME_MAX_MS;
     retention_bytes     <= BYTES_MAX;
+    ttl_ms              <= TIME_MAX_MS;
+    backlog_quota_bytes <= BYTES_MAX;
+    backlog_quota_ms    <= TIME_MAX_MS;
 }
 
 /// What holds at a scope.

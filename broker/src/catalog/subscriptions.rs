@@ -9,13 +9,14 @@ use geminga_proto::{
     names::SubscriptionName,
     reason::Reason,
     storage::v1::{SubscriptionValue, subscription_value},
+    v1::{SubscriptionSettings, SubscriptionType},
 };
 
 use super::{
     Catalog, Listing, PageRequest, Record, SUBSCRIPTIONS, TRIES_MAX, Topic, bad_token, contended,
     put, records::FORMAT, topics::topic_not_found,
 };
-use crate::errors::Refusal;
+use crate::{errors::Refusal, subscription as wanted};
 
 pub use subscription_value::{Start, State};
 
@@ -28,6 +29,8 @@ pub struct Subscription {
     pub start: Start,
     pub state: State,
     pub created_at_ms: u64,
+    /// With its defaults filled in.
+    pub settings: SubscriptionSettings,
     /// The revision it was read at.
     pub revision: Revision,
 }
@@ -43,6 +46,8 @@ impl Subscription {
             start: Start::try_from(value.start).map_err(damaged)?,
             state: State::try_from(value.state).map_err(damaged)?,
             created_at_ms: value.created_at_ms,
+            // One of before there were settings is exclusive.
+            settings: wanted::settings(&value.settings.unwrap_or_default())?,
             revision: found.mod_revision,
         })
     }
@@ -54,6 +59,7 @@ impl Subscription {
             start: self.start.into(),
             state: self.state.into(),
             created_at_ms: self.created_at_ms,
+            settings: Some(self.settings.clone()),
         }
     }
 }
@@ -63,13 +69,14 @@ impl Catalog {
     /// topic must stand as given.
     ///
     /// # Errors
-    /// ALREADY_EXISTS with another start (unless `start` is none) or while it is being deleted; TOPIC_NOT_FOUND.
+    /// ALREADY_EXISTS with another start (unless any will do), with other settings (if some are asked for), or while it is
+    /// being deleted; TOPIC_NOT_FOUND.
     pub async fn begin_subscription(
         &self,
         topic: &Topic,
         name: &SubscriptionName,
-        start: Start,
-        any_start: bool,
+        (start, any_start): (Start, bool),
+        settings: Option<&SubscriptionSettings>,
     ) -> Result<Subscription, Refusal> {
         let key = keys::subscription(topic.id, name);
         for _ in 0..TRIES_MAX {
@@ -83,6 +90,15 @@ impl Catalog {
                         format!("subscription {name} of {} exists with another start", topic.name);
                     return Err(Refusal::new(Reason::AlreadyExists, message)
                         .with("start", found.start.as_str_name()));
+                }
+                if let Some(settings) = settings
+                    && *settings != found.settings
+                {
+                    let message =
+                        format!("subscription {name} of {} exists with other settings", topic.name);
+                    let kind = SubscriptionType::try_from(found.settings.r#type);
+                    let kind = kind.unwrap_or_default().as_str_name();
+                    return Err(Refusal::new(Reason::AlreadyExists, message).with("type", kind));
                 }
                 return Ok(found);
             }
@@ -98,6 +114,10 @@ impl Catalog {
                 start,
                 state: State::Creating,
                 created_at_ms: self.clock.now().0,
+                settings: match settings {
+                    Some(settings) => settings.clone(),
+                    None => wanted::settings(&SubscriptionSettings::default())?,
+                },
                 revision: Revision(0),
             };
             let txn = txn
@@ -133,6 +153,34 @@ impl Catalog {
     ) -> Result<Subscription, Refusal> {
         let found = self.find_subscription(topic.id, name).await?;
         found.filter(|found| found.state != State::Deleting).ok_or_else(|| not_found(topic, name))
+    }
+
+    /// Changes the settings; the type stays.
+    ///
+    /// # Errors
+    /// SUBSCRIPTION_NOT_FOUND; INVALID_REQUEST for another type.
+    pub async fn update_subscription(
+        &self,
+        topic: &Topic,
+        name: &SubscriptionName,
+        settings: &SubscriptionSettings,
+    ) -> Result<Subscription, Refusal> {
+        let key = keys::subscription(topic.id, name);
+        for _ in 0..TRIES_MAX {
+            let found = self.subscription(topic, name).await?;
+            if found.settings.r#type != settings.r#type {
+                let message = "the type of a subscription never changes: create another one";
+                return Err(Refusal::request(message));
+            }
+            let updated = Subscription { settings: settings.clone(), ..found.clone() };
+            let txn = Txn::new()
+                .when(Compare::ModRevision(key.clone(), found.revision))
+                .then(put(key.clone(), &updated.value()));
+            if self.commit(&txn).await? {
+                return Ok(updated);
+            }
+        }
+        Err(contended("the subscription"))
     }
 
     /// Creating -> Ready, if neither the key nor the topic's layout changed since they were read. False: read again.

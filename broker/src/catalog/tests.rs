@@ -79,12 +79,14 @@ async fn creating_twice_is_the_same_and_with_other_parameters_refused() {
         reason(catalog.create_namespace(&namespace("a/b"), Some(true)).await),
         Reason::AlreadyExists
     );
-    let one =
-        catalog.begin_subscription(&first, &sub("s"), Start::Latest, false).await.expect("made");
+    let one = catalog
+        .begin_subscription(&first, &sub("s"), (Start::Latest, false), None)
+        .await
+        .expect("made");
     assert_eq!(one.state, State::Creating);
-    let again = catalog.begin_subscription(&first, &sub("s"), Start::Earliest, true).await;
+    let again = catalog.begin_subscription(&first, &sub("s"), (Start::Earliest, true), None).await;
     assert_eq!(again.expect("any start"), one);
-    let other = catalog.begin_subscription(&first, &sub("s"), Start::Earliest, false).await;
+    let other = catalog.begin_subscription(&first, &sub("s"), (Start::Earliest, false), None).await;
     assert_eq!(reason(other), Reason::AlreadyExists);
 }
 
@@ -138,11 +140,13 @@ async fn listings_come_in_pages_that_leave_nothing_out() {
 async fn a_subscription_is_ready_only_if_the_layout_is_the_one_its_cursors_were_made_for() {
     let catalog = with_namespace().await;
     let made = catalog.create_topic(&topic("a/b/c"), 1).await.expect("created");
-    let sub_s =
-        catalog.begin_subscription(&made, &sub("s"), Start::Latest, false).await.expect("made");
+    let sub_s = catalog
+        .begin_subscription(&made, &sub("s"), (Start::Latest, false), None)
+        .await
+        .expect("made");
     catalog.mark_topic_deleting(&made).await.expect("marked");
     assert!(!catalog.subscription_ready(&made, &sub_s).await.expect("answered"));
-    let late = catalog.begin_subscription(&made, &sub("t"), Start::Latest, false).await;
+    let late = catalog.begin_subscription(&made, &sub("t"), (Start::Latest, false), None).await;
     assert_eq!(reason(late), Reason::TopicNotFound);
 }
 
@@ -150,8 +154,10 @@ async fn a_subscription_is_ready_only_if_the_layout_is_the_one_its_cursors_were_
 async fn a_subscription_being_deleted_is_not_found_and_its_key_goes_last() {
     let catalog = with_namespace().await;
     let made = catalog.create_topic(&topic("a/b/c"), 1).await.expect("created");
-    let begun =
-        catalog.begin_subscription(&made, &sub("s"), Start::Latest, false).await.expect("made");
+    let begun = catalog
+        .begin_subscription(&made, &sub("s"), (Start::Latest, false), None)
+        .await
+        .expect("made");
     assert!(catalog.subscription_ready(&made, &begun).await.expect("answered"));
     let marked = catalog
         .mark_subscription_deleting(made.id, &sub("s"))

@@ -46,6 +46,8 @@ struct State<T> {
     replies: VecDeque<Waiting<T>>,
     bytes: usize,
     end: Option<Result<(), Status>>,
+    /// Told of the same as `changed`, beside it: a task with many outboxes waits for one thing.
+    told: Option<Arc<Notify>>,
     gone: bool,
     waker: Option<Waker>,
 }
@@ -57,10 +59,25 @@ struct Waiting<T> {
     _held: Option<Arc<Permit>>,
 }
 
+impl<T> State<T> {
+    fn tell(&self) {
+        if let Some(told) = &self.told {
+            told.notify_one();
+        }
+    }
+}
+
 /// Both ends of a buffer that is full at `bytes_max`.
 #[must_use]
 pub fn outbox<T>(bytes_max: usize) -> (Outbox<T>, OutboxStream<T>) {
-    let state = State { replies: VecDeque::new(), bytes: 0, end: None, gone: false, waker: None };
+    let state = State {
+        replies: VecDeque::new(),
+        bytes: 0,
+        end: None,
+        told: None,
+        gone: false,
+        waker: None,
+    };
     let state = Mutex::new(state);
     let shared =
         Arc::new(Shared { bytes_max, state, changed: Notify::new(), drained: Notify::new() });
@@ -100,20 +117,37 @@ impl<T> Outbox<T> {
         self.0.state.lock().gone
     }
 
+    /// From now on `told` is notified as well, whenever [`Self::changed`] would resolve.
+    pub fn tell(&self, told: Arc<Notify>) {
+        let gone = {
+            let mut state = self.0.state.lock();
+            state.told = Some(Arc::clone(&told));
+            state.gone
+        };
+        if gone {
+            told.notify_one();
+        }
+    }
+
     /// Resolves when the buffer opened again or the client left since the last call; look again then. Cancel-safe.
     pub async fn changed(&self) {
         self.0.changed.notified().await;
     }
 
-    /// Resolves when nothing is in the buffer, or the client has left. For one waiter at a time. Cancel-safe.
+    /// Resolves when nothing is in the buffer, or the client has left. Cancel-safe.
     pub fn drained(&self) -> impl Future<Output = ()> + Send + 'static
     where
         T: Send + 'static,
     {
         let shared = Arc::clone(&self.0);
         async move {
-            while !shared.state.lock().replies.is_empty() {
-                shared.drained.notified().await;
+            loop {
+                let mut drained = std::pin::pin!(shared.drained.notified());
+                drained.as_mut().enable();
+                if shared.state.lock().replies.is_empty() {
+                    return;
+                }
+                drained.await;
             }
         }
     }
@@ -154,9 +188,10 @@ impl<T> Stream for OutboxStream<T> {
             state.bytes -= bytes;
             if was_full && state.bytes < self.0.bytes_max {
                 self.0.changed.notify_one();
+                state.tell();
             }
             if state.replies.is_empty() {
-                self.0.drained.notify_one();
+                self.0.drained.notify_waiters();
             }
             return Poll::Ready(Some(Ok(reply)));
         }
@@ -182,7 +217,8 @@ impl<T> Drop for OutboxStream<T> {
         state.replies.clear();
         state.bytes = 0;
         self.0.changed.notify_one();
-        self.0.drained.notify_one();
+        state.tell();
+        self.0.drained.notify_waiters();
     }
 }
 

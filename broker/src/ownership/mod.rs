@@ -30,7 +30,7 @@ use geminga_metadata::{LeaseKeeper, SharedStore, Standing, StandingSetter};
 use geminga_proto::{
     ids::{Bundle, SegmentId},
     reason::Reason,
-    v1::OwnerHint,
+    v1::{HeldBy, OwnerHint},
 };
 use geminga_runtime::tasks::Tasks;
 use parking_lot::Mutex;
@@ -40,7 +40,11 @@ use tokio::{
 };
 
 use crate::{
-    catalog::Catalog, config::BrokerConfig, errors::Refusal, lifecycle, metrics::Metrics,
+    catalog::Catalog,
+    config::BrokerConfig,
+    errors::Refusal,
+    lifecycle,
+    metrics::{BlockedBy, Metrics},
     relay::Peers,
 };
 
@@ -50,10 +54,13 @@ use placement::{Member, Verdict};
 use registry::{Registry, Turn};
 use standing::Confirmed;
 
+pub(crate) use segment::Attending;
 pub use segment::Segment;
 
 /// How often the backlog metric is brought up to date.
 const BACKLOG_INTERVAL: Duration = Duration::from_secs(5);
+/// Time for the exact lease tables of a segment that ends cleanly (L4); what is late is delivered again.
+const LEASES_MAX: Duration = Duration::from_secs(3);
 /// Tries of one claim; each lost one means that somebody else wrote the key.
 const TRIES_MAX: u32 = 8;
 /// Pause before a claim that is about to fall is looked at again.
@@ -286,6 +293,7 @@ impl Ownership {
     /// Ends the segment's streams and forgets it, so that it can be deleted or taken elsewhere.
     pub async fn drop_segment(&self, id: SegmentId, why: Refusal) {
         if let Some(segment) = self.inner.registry.remove(id) {
+            let _late = timeout(LEASES_MAX, segment.dispatchers().stop()).await;
             segment.end(why);
             segment.ledger().close().await;
             self.inner.parts.metrics.segments.dec();
@@ -456,9 +464,24 @@ impl Ownership {
                 family.clear();
             }
             let now_ms = self.inner.parts.catalog.now_ms();
+            metrics.blocked.clear();
+            // A cause that holds nothing up now is a zero, not a gap.
+            for by in (2..).map_while(|number| HeldBy::try_from(number).ok()) {
+                metrics.blocked.get_or_create(&BlockedBy { by: by.as_str_name() }).set(0);
+            }
+            let (mut delayed, mut consumers) = (0, 0);
             for segment in self.inner.registry.served() {
                 segment.report_backlog(metrics, now_ms);
+                for seen in segment.dispatchers().all_seen() {
+                    delayed += seen.delayed;
+                    consumers += u64::from(seen.consumers);
+                    if let Some(by) = seen.blocked {
+                        metrics.blocked.get_or_create(&BlockedBy { by }).inc();
+                    }
+                }
             }
+            metrics.delayed.set(i64::try_from(delayed).unwrap_or(i64::MAX));
+            metrics.consumers.set(i64::try_from(consumers).unwrap_or(i64::MAX));
         }
     }
 }

@@ -150,7 +150,11 @@ impl Ownership {
         let id = segment.id();
         let Some(removed) = self.inner.registry.remove(id) else { return }; // it was fenced or deleted meanwhile
         self.inner.parts.metrics.segments.dec();
-        if timeout(CLOSE_MAX, removed.ledger().close()).await.is_err() {
+        let close = async {
+            removed.dispatchers().stop().await;
+            removed.ledger().close().await;
+        };
+        if timeout(CLOSE_MAX, close).await.is_err() {
             tracing::warn!(topic = %id.topic, segment = id.segment, "segment moved without a clean end");
         }
         removed.end(not_owner(id, &hint(id, to.address.clone())));

@@ -16,7 +16,7 @@ use crate::{
     errors::Refusal,
     metrics::{BacklogOf, Metrics},
     publish::Anonymous,
-    subscription::Consumers,
+    subscription::Dispatchers,
 };
 
 /// A loaded segment. It serves until it is fenced or ended; streams on it end then.
@@ -24,7 +24,7 @@ pub struct Segment {
     id: SegmentId,
     topic: TopicName,
     ledger: ManagedLedger,
-    consumers: Consumers,
+    dispatchers: Dispatchers,
     subscriptions: Mutex<BTreeMap<SubscriptionId, SubscriptionName>>,
     anonymous: Anonymous,
     ended: watch::Sender<Option<Refusal>>,
@@ -63,7 +63,7 @@ impl Segment {
             id,
             topic,
             ledger,
-            consumers: Consumers::default(),
+            dispatchers: Dispatchers::default(),
             subscriptions: Mutex::new(BTreeMap::new()),
             anonymous: Anonymous::default(),
             ended: watch::Sender::new(None),
@@ -96,10 +96,9 @@ impl Segment {
         &self.ledger
     }
 
-    /// Who consumes its subscriptions.
-    #[must_use]
-    pub fn consumers(&self) -> &Consumers {
-        &self.consumers
+    /// Who serves its subscriptions.
+    pub(crate) fn dispatchers(&self) -> &Dispatchers {
+        &self.dispatchers
     }
 
     /// The producer behind unary calls that name none.
@@ -112,10 +111,10 @@ impl Segment {
         self.subscriptions.lock().insert(id, name);
     }
 
-    /// Forgets a subscription and ends its consumer.
+    /// Forgets a subscription and ends its consumers.
     pub fn forget_subscription(&self, id: SubscriptionId) {
         self.subscriptions.lock().remove(&id);
-        self.consumers.end(id);
+        self.dispatchers.end(id);
     }
 
     /// Ends its streams. The first reason stands.
@@ -187,6 +186,11 @@ impl Segment {
     /// Whether its log serves, and nobody has ended it.
     pub(crate) fn serves(&self) -> bool {
         self.ended.borrow().is_none() && matches!(*self.ledger.status().borrow(), Status::Serving)
+    }
+
+    /// The subscriptions that have a cursor here.
+    pub(crate) fn subscriptions(&self) -> Vec<(SubscriptionId, SubscriptionName)> {
+        self.subscriptions.lock().iter().map(|(id, name)| (*id, name.clone())).collect()
     }
 
     pub(super) fn report_backlog(&self, metrics: &Metrics, now_ms: u64) {

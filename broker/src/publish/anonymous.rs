@@ -40,7 +40,7 @@ impl Anonymous {
     ) -> Result<(u64, T), Refusal> {
         let mut state = self.state.lock().await;
         if state.session.is_none() {
-            let open = ProducerOpen { identity: ProducerIdentity::Session, stream_number: 0 };
+            let open = ProducerOpen::shared(ProducerIdentity::Session, 0);
             let opened = ledger.open_producer(open).await;
             let producer = opened.map_err(|error| storage_errors::of_producer(&error))?;
             // No stream holds it: when the window is full, or nobody called for long, it may leave.

@@ -12,8 +12,9 @@ const BATCH_BYTES: u64 = 256;
 
 /// What a batch holds in memory: its index counts too, which may be far larger than its payload (S7).
 pub(super) fn held_bytes(batch: &Batch) -> u64 {
-    let index =
-        batch.index.as_ref().map_or(0, |index| 4 * index.key_hash.len() + index.has_key.len());
+    let index = batch.index.as_ref().map_or(0, |index| {
+        4 * index.key_hash.len() + index.has_key.len() + 8 * index.deliver_at_ms.len()
+    });
     batch.payload.len() as u64 + index as u64 + BATCH_BYTES
 }
 
@@ -36,6 +37,13 @@ pub(super) fn check(batch: &Batch, limits: &Limits) -> Result<(), Refusal> {
             "the index has {} hashes and {} key flags for {count} records",
             index.key_hash.len(),
             index.has_key.len()
+        );
+        return Err(Refusal::request(message));
+    }
+    if !(index.deliver_at_ms.is_empty() || index.deliver_at_ms.len() == count) {
+        let message = format!(
+            "the index has {} delivery times for {count} records",
+            index.deliver_at_ms.len()
         );
         return Err(Refusal::request(message));
     }
@@ -101,10 +109,15 @@ mod tests {
             format: PayloadFormat::Native.into(),
             codec: Codec::Unspecified.into(),
             uncompressed_size: 4,
-            index: Some(RecordIndex { key_hash: vec![1, 2], has_key: vec![] }),
+            index: Some(RecordIndex {
+                key_hash: vec![1, 2],
+                has_key: vec![],
+                ..Default::default()
+            }),
             count: 2,
             payload: Bytes::from_static(b"abcd"),
             traceparent: String::new(),
+            ..Batch::default()
         }
     }
 
@@ -140,7 +153,11 @@ mod tests {
     #[test]
     fn a_large_index_of_an_empty_payload_is_held_against_the_budget() {
         let records = 65_536;
-        let index = RecordIndex { key_hash: vec![0; records], has_key: vec![true; records] };
+        let index = RecordIndex {
+            key_hash: vec![0; records],
+            has_key: vec![true; records],
+            ..Default::default()
+        };
         let batch = Batch { index: Some(index), payload: Bytes::new(), ..good() };
         assert!(held_bytes(&batch) >= 5 * records as u64);
     }
@@ -150,7 +167,7 @@ mod tests {
         let limits = Limits::default();
         let bomb = Batch { codec: Codec::Zstd.into(), uncompressed_size: u32::MAX, ..good() };
         assert_eq!(check(&bomb, &limits).expect_err("bomb").reason, Reason::MessageTooLarge);
-        let index = Some(RecordIndex { key_hash: vec![1], has_key: vec![] });
+        let index = Some(RecordIndex { key_hash: vec![1], has_key: vec![], ..Default::default() });
         let size = limits.message_bytes_max as usize + 1;
         let one = Batch {
             count: 1,

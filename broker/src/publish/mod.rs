@@ -17,6 +17,7 @@ use crate::{catalog::Topic, errors::Refusal, listener::Connection, ownership::no
 
 pub(crate) use anonymous::Anonymous;
 pub(crate) use service::PublisherService;
+pub(crate) use unary::admitted as publish_own;
 
 /// Whether a stream for another broker's segment is passed on: only where the client asks for it, and never twice (O6). The
 /// others are sent to the owner; a client that cannot reach it comes back and asks.

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use futures::Stream;
-use geminga_managed_ledger::{ProducerIdentity, ProducerOpen};
+use geminga_managed_ledger::{Access, ProducerIdentity, ProducerOpen};
 use geminga_proto::{
     names::{ProducerName, TopicName},
     v1::{
-        OpenPublish, PublishFrame, PublishOpened, PublishReply, PublishRequest, PublishResponse,
-        publish_frame::Frame, publish_reply::Reply, publisher_server::Publisher,
+        AccessMode, OpenPublish, PublishFrame, PublishOpened, PublishReply, PublishRequest,
+        PublishResponse, publish_frame::Frame, publish_reply::Reply, publisher_server::Publisher,
     },
 };
 use tonic::{Request, Response, Status, Streaming};
@@ -91,14 +91,17 @@ where
     let span = tracing::info_span!("publish", topic = open.topic, segment = open.segment);
     async {
         shared.admit(&connection, &open)?;
-        let identity = identity(&open)?;
+        let (identity, access) = (identity(&open)?, access(&open)?);
         let name = TopicName::parse(&open.topic)?;
         let topic = lifecycle::topic_or_create(shared, connection.principal(), &name).await?;
         check_layout(&topic, open.layout_epoch)?;
         let id = topic.segment(open.segment)?;
         match shared.ownership.find(id).await? {
             Found::Here(segment) => {
-                let opening = Opening { topic, identity, stream_number: open.stream_number };
+                let stream_number = open.stream_number;
+                let held_epoch = open.held_epoch;
+                let open = ProducerOpen { identity, stream_number, access, held_epoch };
+                let opening = Opening { topic, open };
                 let stream =
                     open_stream(shared, connection, segment, opening, inbound, outbox).await?;
                 stream.run(outbox).await
@@ -116,8 +119,7 @@ where
 /// What a checked open frame says.
 struct Opening {
     topic: Topic,
-    identity: ProducerIdentity,
-    stream_number: u64,
+    open: ProducerOpen,
 }
 
 async fn open_stream<I>(
@@ -128,9 +130,9 @@ async fn open_stream<I>(
     inbound: I,
     outbox: &Outbox<PublishReply>,
 ) -> Result<PublishStream<I>, Refusal> {
-    let Opening { topic, identity, stream_number } = opening;
-    let request = ProducerOpen { identity, stream_number };
-    let opened = segment.ledger().open_producer(request).await;
+    let Opening { topic, open } = opening;
+    let stream_number = open.stream_number;
+    let opened = segment.ledger().open_producer(open).await;
     let producer = opened.map_err(|error| storage_errors::of_producer(&error))?;
     let limits = &shared.config.limits;
     let window = Window::new(limits.publish_window_batches, limits.publish_window_bytes);
@@ -164,5 +166,14 @@ fn identity(open: &OpenPublish) -> Result<ProducerIdentity, Refusal> {
         (_, false) => Ok(ProducerIdentity::Resume(open.resume_token.clone())),
         ("", true) => Ok(ProducerIdentity::Session),
         (name, true) => Ok(ProducerIdentity::Named(ProducerName::parse(name)?)),
+    }
+}
+
+fn access(open: &OpenPublish) -> Result<Access, Refusal> {
+    match AccessMode::try_from(open.access) {
+        Ok(AccessMode::Unspecified | AccessMode::Shared) => Ok(Access::Shared),
+        Ok(AccessMode::Exclusive) => Ok(Access::Exclusive),
+        Ok(AccessMode::ExclusiveWithFencing) => Ok(Access::ExclusiveWithFencing),
+        Err(_) => Err(Refusal::request(format!("access mode {} is unknown", open.access))),
     }
 }

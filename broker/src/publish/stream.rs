@@ -8,6 +8,7 @@ use std::{
 use futures::{Stream, StreamExt};
 use geminga_managed_ledger::{ProducerOpened, PublishBatch, PublishError};
 use geminga_proto::{
+    ids::Offset,
     reason::Reason,
     v1::{
         Batch, DurabilityLevel, GoAway, PublishFrame, PublishReply, Receipt, publish_frame::Frame,
@@ -284,6 +285,7 @@ pub(super) fn to_publish(
         uncompressed_size: batch.uncompressed_size,
         index: batch.index.unwrap_or_default(),
         payload: batch.payload,
+        expected_offset: batch.expected_offset.map(Offset),
         traceparent: spans::sound(batch.traceparent),
         trace: None,
         permit,

@@ -47,9 +47,21 @@ static TURN: AtomicU64 = AtomicU64::new(0);
 pub(super) async fn publish(
     shared: &Shared,
     connection: &Connection,
-    mut request: PublishRequest,
+    request: PublishRequest,
 ) -> Result<PublishResponse, Refusal> {
     shared.admit(connection, &request)?;
+    admitted(shared, connection, request).await
+}
+
+/// A batch that may be published, or that the broker publishes itself.
+///
+/// # Errors
+/// What kept it from being stored.
+pub(crate) async fn admitted(
+    shared: &Shared,
+    connection: &Connection,
+    mut request: PublishRequest,
+) -> Result<PublishResponse, Refusal> {
     let name = match request.producer_name.as_str() {
         "" => None,
         name => Some(ProducerName::parse(name)?),
@@ -157,10 +169,8 @@ async fn named(
 ) -> Result<(u64, StoredBytes), Refusal> {
     let (hi_sequence, bytes) = (batch.hi_sequence, batch.payload.len() as u64);
     let ledger = segment.ledger();
-    let open = |stream_number| ProducerOpen {
-        identity: ProducerIdentity::Named(name.clone()),
-        stream_number,
-    };
+    let open =
+        |stream_number| ProducerOpen::shared(ProducerIdentity::Named(name.clone()), stream_number);
     let mut stream_number = 0;
     let producer = match ledger.open_producer(open(stream_number)).await {
         // A stream of the same name was open: the call goes on under its number, and the chain keeps them apart.
@@ -171,7 +181,10 @@ async fn named(
         opened => opened,
     };
     let producer = producer.map_err(|error| storage_errors::of_producer(&error))?;
-    let stored = ledger.publish(to_publish(batch, &producer, stream_number, permit)).await;
+    let stored = ledger.publish(to_publish(batch, &producer, stream_number, permit));
+    // The call holds no stream: nobody who wants the segment for itself has to wait for it.
+    ledger.producer_gone(&producer.id, stream_number);
+    let stored = stored.await;
     Ok((hi_sequence, (stored.map_err(|error| storage_errors::of_publish(&error))?, bytes)))
 }
 
@@ -207,6 +220,7 @@ async fn anonymous(
                     PublishError::OutOfSequence { .. }
                         | PublishError::UnknownProducer
                         | PublishError::StaleStream
+                        | PublishError::ProducerFenced
                 );
                 if !broken {
                     return Err(storage_errors::of_publish(&error));
@@ -280,6 +294,7 @@ mod tests {
         let index = RecordIndex {
             key_hash: hashes.iter().map(|h| h.0).collect(),
             has_key: hashes.iter().map(|h| h.1).collect(),
+            ..Default::default()
         };
         Batch { index: Some(index), count: hashes.len() as u32, ..Batch::default() }
     }

@@ -22,7 +22,7 @@ use crate::auth::Principal;
 pub(crate) use peers::Peers;
 pub(crate) use segments::{SegmentsService, ask, ask_if_claimed};
 pub(crate) use streams::{consume, publish};
-pub(crate) use unary::{publish as publish_batch, settle};
+pub(crate) use unary::{peek, publish as publish_batch, pull, settle};
 pub(crate) use walk::{Steps, in_steps, walk};
 
 /// Metadata of a relayed request: the principal that it is made for.

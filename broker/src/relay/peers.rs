@@ -50,7 +50,7 @@ impl Peers {
         request: SegmentRequest,
     ) -> Result<SegmentReply, Refusal> {
         let mut client = SegmentsClient::new(self.channel(address).await?)
-            .max_decoding_message_size(REQUEST_BYTES_MAX);
+            .max_decoding_message_size(self.limits.settle_frame_bytes_max());
         let answer = client.ask(request).await;
         answer.map(tonic::Response::into_inner).map_err(|status| self.failed(address, &status))
     }

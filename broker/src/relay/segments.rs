@@ -26,7 +26,7 @@ use crate::{
     errors::Refusal,
     lifecycle,
     listener::Connection,
-    storage_errors,
+    storage_errors, subscription,
 };
 
 /// Pause before the owner is looked for again.
@@ -37,7 +37,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// # Errors
 /// What the owner refuses; SEGMENT_LOADING when it is not reached within the load deadline.
 pub(crate) async fn ask(
-    context: &Context,
+    context: &Shared,
     id: SegmentId,
     verb: Verb,
 ) -> Result<SegmentReply, Refusal> {
@@ -93,7 +93,7 @@ where
 
 /// Asks a segment that somebody has claimed; none when nobody has, or the owner does not answer.
 pub(crate) async fn ask_if_claimed(
-    context: &Context,
+    context: &Shared,
     id: SegmentId,
     verb: Verb,
 ) -> Option<SegmentReply> {
@@ -109,7 +109,7 @@ pub(crate) async fn ask_if_claimed(
 ///
 /// # Errors
 /// NOT_OWNER with the owner; as the verb says.
-async fn perform(context: &Context, id: SegmentId, verb: &Verb) -> Result<SegmentReply, Refusal> {
+async fn perform(context: &Shared, id: SegmentId, verb: &Verb) -> Result<SegmentReply, Refusal> {
     let ownership = &context.ownership;
     let mut reply = SegmentReply::default();
     match verb {
@@ -136,6 +136,35 @@ async fn perform(context: &Context, id: SegmentId, verb: &Verb) -> Result<Segmen
             removed.map_err(|error| storage_errors::of_settle(&error))?;
             segment.forget_subscription(subscription);
         }
+        Verb::Seek(asked) => {
+            let segment = ownership.segment(id).await?;
+            let sought = subscription::seek_here(context, &segment, &asked.name, asked.to).await?;
+            reply.mark_delete_next = sought;
+        }
+        Verb::Explain(asked) => {
+            let segment = ownership.segment(id).await?;
+            let explained = subscription::explain_here(context, &segment, &asked.name).await?;
+            reply.explained = Some(explained);
+        }
+        Verb::ListDelayed(asked) => {
+            let segment = ownership.segment(id).await?;
+            let listed = subscription::list_delayed_here(context, &segment, asked).await?;
+            reply.delayed = Some(listed);
+        }
+        Verb::CancelDelayed(asked) => {
+            let segment = ownership.segment(id).await?;
+            let (name, ranges) = (&asked.name, &asked.ranges);
+            reply.cancelled =
+                subscription::cancel_delayed_here(context, &segment, name, ranges).await?;
+        }
+        Verb::SettingsChanged(asked) => {
+            let settings = asked.settings.clone().unwrap_or_default();
+            let settings = subscription::settings(&settings)?;
+            if let Some(segment) = ownership.loaded(id) {
+                let id = SubscriptionId(asked.subscription);
+                segment.dispatchers().tell(id, subscription::Command::Settings(settings));
+            }
+        }
         Verb::TierStatus(_) => {
             let segment = ownership.segment(id).await?;
             reply.tier = Some(describe::tier(&segment));
@@ -158,7 +187,7 @@ async fn perform(context: &Context, id: SegmentId, verb: &Verb) -> Result<Segmen
 /// C6: the owner reads the key, makes the cursor, and looks at the key again: a request that was late makes no cursor that
 /// nobody knows.
 async fn ensure_cursor(
-    context: &Context,
+    context: &Shared,
     id: SegmentId,
     asked: &EnsureCursor,
 ) -> Result<bool, Refusal> {

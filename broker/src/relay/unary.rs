@@ -1,11 +1,14 @@
-//! One batch, or one settle, passed on to the segment's owner.
+//! One call, a batch, a settle, a pull, passed on to the segment's owner.
 
 use std::time::Duration;
 
 use geminga_proto::{
     ids::SegmentId,
     reason::Reason,
-    v1::{OwnerHint, PublishRequest, PublishResponse, SettleRequest, SettleResponse},
+    v1::{
+        OwnerHint, PeekRequest, PeekResponse, PublishRequest, PublishResponse, PullRequest,
+        PullResponse, SettleRequest, SettleResponse,
+    },
 };
 use tokio::time::{sleep, timeout};
 
@@ -71,6 +74,46 @@ pub(crate) async fn settle(
     .await
 }
 
+/// Passes a pull on. Its segment is named.
+///
+/// # Errors
+/// As [`publish`].
+pub(crate) async fn pull(
+    shared: &Shared,
+    connection: &Connection,
+    (id, owner): (SegmentId, OwnerHint),
+    request: PullRequest,
+) -> Result<PullResponse, Refusal> {
+    at_owner(shared, connection, (id, owner), |address| {
+        let request = relayed(request.clone(), connection.principal());
+        async move {
+            let answer = shared.peers.subscriber(&address).await?.pull(request).await;
+            answer.map_err(|status| shared.peers.failed(&address, &status))
+        }
+    })
+    .await
+}
+
+/// Passes a peek on.
+///
+/// # Errors
+/// As [`publish`].
+pub(crate) async fn peek(
+    shared: &Shared,
+    connection: &Connection,
+    (id, owner): (SegmentId, OwnerHint),
+    request: PeekRequest,
+) -> Result<PeekResponse, Refusal> {
+    at_owner(shared, connection, (id, owner), |address| {
+        let request = relayed(request.clone(), connection.principal());
+        async move {
+            let answer = shared.peers.subscriber(&address).await?.peek(request).await;
+            answer.map_err(|status| shared.peers.failed(&address, &status))
+        }
+    })
+    .await
+}
+
 async fn at_owner<T, A>(
     shared: &Shared,
     connection: &Connection,
@@ -84,7 +127,8 @@ where
         return Err(not_owner(id, &owner));
     }
     for _ in 0..OWNERS_MAX {
-        let deadline = shared.config.limits.unary_deadline;
+        // A pull may wait as long again.
+        let deadline = shared.config.limits.unary_deadline * 2;
         match timeout(deadline, call(owner.address.clone())).await {
             Ok(Ok(answer)) => {
                 shared.metrics.relayed.inc();

@@ -1,40 +1,57 @@
-//! The gRPC service `Subscriber`: opens consume streams and settles outside of them.
+//! The gRPC service `Subscriber`: opens consume streams, and answers the calls around them.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use futures::Stream;
-use geminga_managed_ledger::SettleError;
+use futures::StreamExt;
 use geminga_proto::{
     ids::SegmentId,
     names::{ConsumerName, SubscriptionName, TopicName},
     reason::Reason,
     v1::{
-        ConsumeFrame, ConsumeReply, OpenConsume, SettleRequest, SettleResponse, Settled,
-        SubscriptionStart, consume_frame::Frame, subscriber_server::Subscriber,
+        ConsumeFrame, ConsumeReply, ExplainRequest, ExplainResponse, OpenConsume, PeekRequest,
+        PeekResponse, PullRequest, PullResponse, SeekRequest, SeekResponse, SettleRequest,
+        SettleResponse, consume_frame::Frame, subscriber_server::Subscriber,
     },
 };
-use tokio::time::timeout;
+use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
 use super::{
-    Handle,
-    stream::{ConsumeStream, SettleWanted},
+    Attach, Command, calls,
+    gate::Frames,
+    reader::{self, Reader},
+    wanted::{self, start_of},
 };
 use crate::{
-    catalog::{Start, Topic},
+    catalog::{Subscription, Topic},
     context::Shared,
     errors::Refusal,
     lifecycle,
     listener::{Connection, Outbox, OutboxStream, first_frame, not_opened, outbox},
     ownership::{Found, Segment},
     publish::{check_layout, elsewhere, relays},
-    relay, storage_errors,
+    relay,
 };
 
 /// The service.
 #[derive(Clone, Debug)]
 pub(crate) struct SubscriberService(pub(crate) Shared);
+
+impl SubscriberService {
+    async fn call<R, A, F>(
+        &self,
+        request: Request<R>,
+        call: impl FnOnce(Shared, Connection, R) -> F,
+    ) -> Result<Response<A>, Status>
+    where
+        F: Future<Output = Result<A, Refusal>>,
+    {
+        let connection = Connection::of(&request, &self.0.config.limits);
+        let answer = call(self.0.clone(), connection, request.into_inner()).await;
+        answer.map(Response::new).map_err(|refusal| self.0.refused(refusal))
+    }
+}
 
 #[tonic::async_trait]
 impl Subscriber for SubscriberService {
@@ -48,11 +65,11 @@ impl Subscriber for SubscriberService {
         let connection = Connection::of(&request, &shared.config.limits);
         let slot = shared.stream_slot(&connection).map_err(|refusal| shared.refused(refusal))?;
         let (sender, stream) = outbox(shared.config.limits.outbox_bytes_max);
-        let inbound = request.into_inner();
+        let inbound = request.into_inner().boxed();
         let task = async move {
             let _slot = slot;
             let _open = shared.metrics.stream("consume");
-            let result = shared.until_over(serve(&shared, &connection, inbound, &sender)).await;
+            let result = serve(&shared, &connection, inbound, sender).await;
             if let Err(refusal) = &result {
                 shared.metrics.refuse(refusal.reason);
                 tracing::debug!(
@@ -61,7 +78,6 @@ impl Subscriber for SubscriberService {
                     "consume stream ended"
                 );
             }
-            sender.finish(result);
         };
         self.0.streams.spawn("consume stream", task);
         Ok(Response::new(stream))
@@ -71,57 +87,137 @@ impl Subscriber for SubscriberService {
         &self,
         request: Request<SettleRequest>,
     ) -> Result<Response<SettleResponse>, Status> {
-        let connection = Connection::of(&request, &self.0.config.limits);
-        let settled = settle(&self.0, &connection, request.into_inner()).await;
-        settled.map(Response::new).map_err(|refusal| self.0.refused(refusal))
+        self.call(request, |s, c, r| async move { calls::settle(&s, &c, r).await }).await
+    }
+
+    async fn pull(&self, request: Request<PullRequest>) -> Result<Response<PullResponse>, Status> {
+        self.call(request, |s, c, r| async move { calls::pull(&s, &c, r).await }).await
+    }
+
+    async fn seek(&self, request: Request<SeekRequest>) -> Result<Response<SeekResponse>, Status> {
+        self.call(request, |s, c, r| async move { calls::seek(&s, &c, r).await }).await
+    }
+
+    async fn explain(
+        &self,
+        request: Request<ExplainRequest>,
+    ) -> Result<Response<ExplainResponse>, Status> {
+        self.call(request, |s, c, r| async move { calls::explain(&s, &c, r).await }).await
+    }
+
+    async fn peek(&self, request: Request<PeekRequest>) -> Result<Response<PeekResponse>, Status> {
+        self.call(request, |s, c, r| async move { calls::peek(&s, &c, r).await }).await
     }
 }
 
-async fn serve<I>(
+/// Runs a stream to its end; its outbox has heard the last word then.
+async fn serve(
     shared: &Shared,
     connection: &Connection,
-    mut inbound: I,
-    outbox: &Outbox<ConsumeReply>,
-) -> Result<(), Refusal>
-where
-    I: Stream<Item = Result<ConsumeFrame, Status>> + Unpin,
-{
-    let deadline = shared.config.limits.open_deadline;
-    let Some(first) = first_frame(&mut inbound, deadline).await? else { return Ok(()) };
-    let ConsumeFrame { frame: Some(Frame::Open(open)) } = first else { return Err(not_opened()) };
-    let span = tracing::info_span!(
-        "consume",
-        topic = open.topic,
-        segment = open.segment,
-        subscription = open.subscription
-    );
-    async {
-        shared.admit(connection, &open)?;
-        let (topic, id) = checked(shared, &open).await?;
-        match shared.ownership.find(id).await? {
-            Found::Here(segment) => {
-                open_stream(shared, topic, segment, open, inbound).await?.run(outbox).await
-            }
-            Found::Elsewhere(owner) if relays(connection, open.route) => {
-                relay::consume(shared, connection, (id, owner), open, inbound, outbox).await
-            }
-            Found::Elsewhere(owner) => Err(elsewhere(&topic, id, owner)),
-        }
+    mut inbound: Frames,
+    outbox: Outbox<ConsumeReply>,
+) -> Result<(), Refusal> {
+    let mut outbox = Some(outbox);
+    let served = shared.until_over(async {
+        let deadline = shared.config.limits.open_deadline;
+        let Some(first) = first_frame(&mut inbound, deadline).await? else { return Ok(()) };
+        let ConsumeFrame { frame: Some(Frame::Open(open)) } = first else {
+            return Err(not_opened());
+        };
+        let span = tracing::info_span!(
+            "consume",
+            topic = open.topic,
+            segment = open.segment,
+            subscription = open.subscription
+        );
+        open_stream(shared, connection, open, inbound, &mut outbox).instrument(span).await
+    });
+    let result = served.await;
+    if let Some(outbox) = outbox {
+        outbox.finish(result.clone());
     }
-    .instrument(span)
-    .await
+    result
+}
+
+async fn open_stream(
+    shared: &Shared,
+    connection: &Connection,
+    open: OpenConsume,
+    inbound: Frames,
+    outbox: &mut Option<Outbox<ConsumeReply>>,
+) -> Result<(), Refusal> {
+    shared.admit(connection, &open)?;
+    let (topic, id) = checked(shared, &open).await?;
+    let segment = match shared.ownership.find(id).await? {
+        Found::Here(segment) => segment,
+        Found::Elsewhere(owner) if relays(connection, open.route) => {
+            let Some(outbox) = outbox else { return Ok(()) };
+            return relay::consume(shared, connection, (id, owner), open, inbound, outbox).await;
+        }
+        Found::Elsewhere(owner) => return Err(elsewhere(&topic, id, owner)),
+    };
+    if open.reader.is_some() {
+        let next = reader::offset_of(&segment, open.reader).await?;
+        let (shared, layout_epoch) = (shared.clone(), topic.layout_epoch);
+        let reader = Reader { shared, segment, layout_epoch, next, granted: (0, 0), used: (0, 0) };
+        let Some(outbox) = outbox else { return Ok(()) };
+        return reader.run(inbound, outbox).await;
+    }
+    let subscription = subscription(shared, &topic, &open).await?;
+    lifecycle::open_cursor(shared, &segment, &subscription).await?;
+    attach(shared, (&topic, &segment, &subscription), open, inbound, outbox).await
+}
+
+/// Hands the stream to the dispatcher, and waits for its end.
+async fn attach(
+    shared: &Shared,
+    (topic, segment, subscription): (&Topic, &Arc<Segment>, &Subscription),
+    open: OpenConsume,
+    frames: Frames,
+    outbox: &mut Option<Outbox<ConsumeReply>>,
+) -> Result<(), Refusal> {
+    let Some(outbox) = outbox.take() else { return Ok(()) };
+    let (ended, end) = oneshot::channel();
+    let attach = Attach {
+        open,
+        layout_epoch: topic.layout_epoch,
+        segments: u32::try_from(topic.segments.len()).unwrap_or(u32::MAX),
+        frames,
+        outbox,
+        ended,
+    };
+    let command = Command::Attach(Box::new(attach));
+    segment.dispatchers().send(shared, segment, subscription, command).await?;
+    match end.await {
+        Ok(result) => result,
+        Err(_) => Err(Refusal::new(Reason::Internal, "the dispatcher ended early")),
+    }
 }
 
 /// The topic and the segment of an open frame, before anything is loaded or sent elsewhere for it.
 async fn checked(shared: &Shared, open: &OpenConsume) -> Result<(Topic, SegmentId), Refusal> {
     let topic_name = TopicName::parse(&open.topic)?;
-    let name = SubscriptionName::parse(&open.subscription)?;
     if !open.consumer_name.is_empty() {
         ConsumerName::parse(&open.consumer_name)?;
+    }
+    let limits = &shared.config.limits;
+    if open.claims.len() > limits.claims_max {
+        let message = format!("an open has at most {} claims", limits.claims_max);
+        return Err(Refusal::request(message).with("claims_max", limits.claims_max));
+    }
+    if let Some(settings) = &open.settings {
+        wanted::settings(settings)?;
     }
     let topic = shared.catalog.topic(&topic_name).await?;
     check_layout(&topic, open.layout_epoch)?;
     let id = topic.segment(open.segment)?;
+    if open.reader.is_some() {
+        if !open.subscription.is_empty() || open.create_at.is_some() || !open.claims.is_empty() {
+            return Err(Refusal::request("a reader has no subscription, and claims nothing"));
+        }
+        return Ok((topic, id));
+    }
+    let name = SubscriptionName::parse(&open.subscription)?;
     match open.create_at {
         Some(start) => drop(start_of(start)?),
         None => drop(shared.catalog.subscription(&topic, &name).await?),
@@ -129,83 +225,18 @@ async fn checked(shared: &Shared, open: &OpenConsume) -> Result<(Topic, SegmentI
     Ok((topic, id))
 }
 
-async fn open_stream<I>(
+async fn subscription(
     shared: &Shared,
-    topic: Topic,
-    segment: Arc<Segment>,
-    open: OpenConsume,
-    inbound: I,
-) -> Result<ConsumeStream<I>, Refusal> {
+    topic: &Topic,
+    open: &OpenConsume,
+) -> Result<Subscription, Refusal> {
     let name = SubscriptionName::parse(&open.subscription)?;
-    let subscription = match open.create_at {
+    match open.create_at {
         Some(start) => {
-            let start = start_of(start)?;
-            lifecycle::create_subscription(shared, &topic, &name, start, true).await?
+            let start = (start_of(start)?, true);
+            let settings = open.settings.as_ref().map(wanted::settings).transpose()?;
+            lifecycle::create_subscription(shared, topic, &name, start, settings.as_ref()).await
         }
-        None => shared.catalog.subscription(&topic, &name).await?,
-    };
-    lifecycle::open_cursor(shared, &segment, &subscription).await?;
-    let handle = Handle {
-        epoch: segment.epoch(),
-        subscription: subscription.id,
-        consumer: shared.random.u64(),
-    };
-    let attached = segment.consumers().attach(handle, &open.consumer_name)?;
-    Ok(ConsumeStream {
-        shared: shared.clone(),
-        segment,
-        subscription: subscription.id,
-        attached,
-        inbound,
-        layout_epoch: topic.layout_epoch,
-    })
-}
-
-/// A settle outside a stream, with a handle that a delivery carried.
-async fn settle(
-    shared: &Shared,
-    connection: &Connection,
-    request: SettleRequest,
-) -> Result<SettleResponse, Refusal> {
-    shared.admit(connection, &request)?;
-    let settle = request.settle.clone().ok_or_else(|| Refusal::request("settle is missing"))?;
-    let token = settle.token;
-    let wanted = SettleWanted::parse(settle, shared.config.limits.settle_ranges_max)?;
-    let topic = shared.catalog.topic(&TopicName::parse(&request.topic)?).await?;
-    let subscription = shared
-        .catalog
-        .subscription(&topic, &SubscriptionName::parse(&request.subscription)?)
-        .await?;
-    let id = topic.segment(request.segment)?;
-    let segment = match shared.ownership.find(id).await? {
-        Found::Here(segment) => segment,
-        Found::Elsewhere(owner) => {
-            return relay::settle(shared, connection, (id, owner), request).await;
-        }
-    };
-    segment.consumers().check(subscription.id, &wanted.handle, wanted.end)?;
-    let settled = segment.ledger().settle(subscription.id, wanted.settlement);
-    let mark_delete_next = within(shared.config.limits.unary_deadline, settled).await?;
-    segment.consumers().cursor_changed(subscription.id);
-    let settled = Settled { token, mark_delete_next: mark_delete_next.0 };
-    Ok(SettleResponse { settled: Some(settled) })
-}
-
-async fn within<T>(
-    deadline: Duration,
-    settled: impl Future<Output = Result<T, SettleError>>,
-) -> Result<T, Refusal> {
-    match timeout(deadline, settled).await {
-        Ok(result) => result.map_err(|error| storage_errors::of_settle(&error)),
-        Err(_) => Err(Refusal::new(Reason::DeadlineExceeded, "the settle was not durable in time")),
-    }
-}
-
-/// Where a new subscription begins.
-pub(crate) fn start_of(start: i32) -> Result<Start, Refusal> {
-    match SubscriptionStart::try_from(start) {
-        Ok(SubscriptionStart::Earliest) => Ok(Start::Earliest),
-        Ok(SubscriptionStart::Latest | SubscriptionStart::Unspecified) => Ok(Start::Latest),
-        Err(_) => Err(Refusal::request(format!("start {start} is unknown"))),
+        None => shared.catalog.subscription(topic, &name).await,
     }
 }

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use geminga_managed_ledger::TierPolicy;
+use geminga_managed_ledger::{BacklogAction, TierPolicy};
 use geminga_metadata::{
     Change, Key, KeyValue, Revision, SharedStore,
     keys::{self, ParsedKey},
@@ -14,6 +14,7 @@ use geminga_proto::{
     ids::{Epoch, SegmentId, TopicId},
     names::{NamespaceName, TopicName},
     storage::v1::Policies,
+    v1 as pb,
 };
 use geminga_runtime::tasks::Tasks;
 use parking_lot::Mutex;
@@ -244,6 +245,14 @@ fn tier_policy(set: &Policies) -> TierPolicy {
             .map_or(built_in.delete_lag, Duration::from_millis),
         retention_ms: set.retention_ms.or(BUILT_IN.retention_ms),
         retention_bytes: set.retention_bytes.or(BUILT_IN.retention_bytes),
+        ttl_ms: set.ttl_ms.or(BUILT_IN.ttl_ms),
+        backlog_quota_bytes: set.backlog_quota_bytes.or(BUILT_IN.backlog_quota_bytes),
+        backlog_quota_ms: set.backlog_quota_ms.or(BUILT_IN.backlog_quota_ms),
+        backlog_action: match set.backlog_action() {
+            pb::BacklogAction::Unspecified | pb::BacklogAction::Reject => BacklogAction::Reject,
+            pb::BacklogAction::Hold => BacklogAction::Hold,
+            pb::BacklogAction::EvictOldest => BacklogAction::EvictOldest,
+        },
     }
 }
 
@@ -266,6 +275,7 @@ mod tests {
             delete_lag: Duration::from_millis(6),
             retention_ms: None,
             retention_bytes: Some(0),
+            ..TierPolicy::default()
         };
         assert_eq!(tier_policy(&set), expected);
     }

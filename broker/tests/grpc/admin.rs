@@ -32,6 +32,7 @@ async fn the_life_of_a_tenant_a_namespace_a_topic_and_a_subscription() {
         topic: topic.name.clone(),
         name: "billing".into(),
         start: SubscriptionStart::Earliest.into(),
+        ..Default::default()
     };
     admin.create_subscription(subscription.clone()).await.expect("created");
     admin.create_subscription(subscription.clone()).await.expect("the same again");

@@ -201,7 +201,12 @@ async fn what_is_asked_beyond_a_cap_is_refused_and_no_number_overflows() {
             other => panic!("not refused: {other:?}"),
         }
     }
-    let second = CreateSubscriptionRequest { topic: TOPIC.into(), name: "t".into(), start: 0 };
+    let second = CreateSubscriptionRequest {
+        topic: TOPIC.into(),
+        name: "t".into(),
+        start: 0,
+        ..Default::default()
+    };
     assert_eq!(refused(client.admin().create_subscription(second).await), Reason::InvalidRequest);
     let mut contradicting = batch(0, 2, "x");
     contradicting.index = Some(RecordIndex::default());

@@ -3,7 +3,7 @@
 use geminga_proto::{
     reason::Reason,
     v1::{
-        Accept, AcceptUpTo, OffsetRange, Settle, SettleRequest, consume_frame::Frame,
+        Accept, AcceptUpTo, OffsetRange, OpenConsume, Settle, SettleRequest, consume_frame::Frame,
         consume_reply::Reply, settle::Verb,
     },
 };
@@ -102,14 +102,12 @@ async fn a_second_exclusive_consumer_is_refused_until_the_first_leaves() {
     let client = cluster.client().await;
     client.topic(TOPIC, 1).await;
     let first = client.consumer(TOPIC, "s").await;
-    assert_eq!(
-        refused(client.open_consumer(open_consume(TOPIC, "s")).await),
-        Reason::ConsumerExists
-    );
+    let second = || OpenConsume { consumer_name: "second".into(), ..open_consume(TOPIC, "s") };
+    assert_eq!(refused(client.open_consumer(second()).await), Reason::ConsumerExists);
     client.open_consumer(open_consume(TOPIC, "other")).await.expect("another subscription is free");
     drop(first);
     for _ in 0..100 {
-        if client.open_consumer(open_consume(TOPIC, "s")).await.is_ok() {
+        if client.open_consumer(second()).await.is_ok() {
             return;
         }
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;

@@ -161,8 +161,14 @@ async fn a_subscription_left_half_made_becomes_ready_and_one_half_deleted_goes()
     let key = keys::subscription(topic, &SubscriptionName::parse("s").expect("valid"));
     let write = async |state: State| {
         let start = Start::Earliest.into();
-        let value =
-            SubscriptionValue { format: 1, id: 77, start, state: state.into(), created_at_ms: 0 };
+        let value = SubscriptionValue {
+            format: 1,
+            id: 77,
+            start,
+            state: state.into(),
+            created_at_ms: 0,
+            ..Default::default()
+        };
         let put = Op::put(key.clone(), value.encode_to_vec());
         cluster.store.txn(Txn::new().then(put)).await.expect("written");
     };
@@ -191,6 +197,7 @@ async fn a_subscription_deleted_while_it_is_made_leaves_no_cursor() {
         topic: TOPIC.into(),
         name: "s".into(),
         start: SubscriptionStart::Earliest.into(),
+        ..Default::default()
     };
     let mut admin = client.admin();
     let creating = Tasks::new("test")

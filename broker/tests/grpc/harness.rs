@@ -1,7 +1,7 @@
 //! A broker in this process on the real managed ledger, over in-memory bookies and an in-memory store that fail when a test
 //! says so; and clients that speak the protocol frame by frame.
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::VecDeque, future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use geminga_bookie_client::{
@@ -33,10 +33,11 @@ use geminga_proto::{
     reason::{Reason, Retry},
     storage::v1::Available,
     v1::{
-        Batch, ConsumeFrame, ConsumeReply, Credit, OpenConsume, OpenPublish, PayloadFormat,
-        PublishFrame, PublishOpened, PublishReply, Receipt, RecordIndex, SubscriptionStart,
-        consume_frame, consume_reply, discovery_client::DiscoveryClient, publish_frame,
-        publish_reply, publisher_client::PublisherClient, subscriber_client::SubscriberClient,
+        Batch, ConsumeFrame, ConsumeReply, Credit, Delivery, OpenConsume, OpenPublish,
+        PayloadFormat, PublishFrame, PublishOpened, PublishReply, Receipt, RecordIndex,
+        SubscriptionStart, consume_frame, consume_reply, discovery_client::DiscoveryClient,
+        publish_frame, publish_reply, publisher_client::PublisherClient,
+        subscriber_client::SubscriberClient,
     },
 };
 use geminga_runtime::{
@@ -405,7 +406,7 @@ impl Client {
     pub(crate) async fn raw_consume(&self) -> Result<Consumer, Status> {
         let (frames, outbound) = mpsc::channel(64);
         let replies = self.subscriber().consume(ReceiverStream::new(outbound)).await?.into_inner();
-        Ok(Consumer { frames, replies, handle: Bytes::new() })
+        Ok(Consumer { frames, replies, handle: Bytes::new(), later: VecDeque::new() })
     }
 }
 
@@ -483,10 +484,12 @@ pub(crate) fn batch(prev: u64, messages: u32, payload: impl Into<Bytes>) -> Batc
         index: Some(RecordIndex {
             key_hash: vec![key_hash(b"k"); messages as usize],
             has_key: vec![],
+            ..Default::default()
         }),
         count: messages,
         payload,
         traceparent: String::new(),
+        ..Default::default()
     }
 }
 
@@ -495,6 +498,8 @@ pub(crate) struct Consumer {
     pub(crate) frames: mpsc::Sender<ConsumeFrame>,
     pub(crate) replies: Streaming<ConsumeReply>,
     pub(crate) handle: Bytes,
+    /// Deliveries that came while something else was waited for.
+    pub(crate) later: VecDeque<Delivery>,
 }
 
 impl Consumer {

@@ -90,7 +90,12 @@ async fn every_call(client: &Client) -> Vec<(Result<(), Status>, &'static str)> 
     call!(delete_topic, DeleteTopicRequest { name: s(TOPIC) }, "Delete namespace a/b");
     call!(
         create_subscription,
-        CreateSubscriptionRequest { topic: topic.clone(), name: name.clone(), start: 0 },
+        CreateSubscriptionRequest {
+            topic: topic.clone(),
+            name: name.clone(),
+            start: 0,
+            ..Default::default()
+        },
         "Create topic a/b/t"
     );
     call!(

@@ -139,7 +139,7 @@ async fn unary_publish_is_routed_by_key_and_numbered_by_the_broker() {
     let mut segments = std::collections::BTreeSet::new();
     for i in 0..20u32 {
         let key = key_hash(&i.to_be_bytes());
-        let index = RecordIndex { key_hash: vec![key], has_key: vec![true] };
+        let index = RecordIndex { key_hash: vec![key], has_key: vec![true], ..Default::default() };
         let batch = geminga_proto::v1::Batch { index: Some(index), ..batch(0, 1, "x") };
         let request = PublishRequest {
             topic: TOPIC.into(),

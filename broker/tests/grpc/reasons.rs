@@ -9,18 +9,19 @@ use geminga_proto::{
     admin::v1::{
         CreateTenantRequest, CreateTopicRequest, DeleteNamespaceRequest, DescribeNamespaceRequest,
         DescribeTenantRequest, DescribeTopicRequest, ListTenantsRequest, OffloadTopicRequest,
-        VerifyTierRequest,
+        Policies, SetPoliciesRequest, VerifyTierRequest,
     },
     reason::Reason,
     v1::{
-        Accept, AcceptUpTo, Batch, OffsetRange, OpenConsume, OpenPublish, PublishRequest, Settle,
-        SettleRequest, publish_frame, settle::Verb,
+        Accept, AcceptUpTo, AccessMode, Batch, OffsetRange, OpenConsume, OpenPublish,
+        PublishRequest, Settle, SettleRequest, SubscriptionSettings, SubscriptionType,
+        publish_frame, settle::Verb,
     },
 };
 use geminga_runtime::tasks::Tasks;
 use tonic::Status;
 
-use crate::harness::{Client, Cluster, batch, eventually, fact, open_consume, reason};
+use crate::harness::{Client, Cluster, PATIENCE, batch, eventually, fact, open_consume, reason};
 
 const TOPIC: &str = "public/default/t";
 
@@ -55,13 +56,18 @@ fn force(wanted: Reason) -> BoxFuture<'static, Status> {
         Reason::OutOfSequence => out_of_sequence().boxed(),
         Reason::SequenceConflict => sequence_conflict().boxed(),
         Reason::ProducerFenced => producer_fenced().boxed(),
+        Reason::ProducerExists => producer_exists().boxed(),
+        Reason::UnexpectedOffset => unexpected_offset().boxed(),
         Reason::ProducerExpired => producer_expired().boxed(),
         Reason::TooManyProducers => too_many_producers().boxed(),
         Reason::MessageTooLarge => message_too_large().boxed(),
         Reason::CreditExceeded => credit_exceeded().boxed(),
         Reason::Busy => busy().boxed(),
+        Reason::BacklogQuota => backlog_quota().boxed(),
         Reason::TooManyStreams => too_many_streams().boxed(),
         Reason::ConsumerExists => consumer_exists().boxed(),
+        Reason::ConsumerReplaced => consumer_replaced().boxed(),
+        Reason::TooManyConsumers => too_many_consumers().boxed(),
         Reason::InvalidHandle => invalid_handle().boxed(),
         Reason::CursorLimit => cursor_limit().boxed(),
         Reason::NoColdStorage => no_cold_storage().boxed(),
@@ -232,6 +238,36 @@ async fn sequence_conflict() -> Status {
     refusal(client.publisher().publish(unary("p", batch(0, 5, "abcde"))).await)
 }
 
+async fn producer_exists() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let access = |mode: AccessMode| move |open| OpenPublish { access: mode.into(), ..open };
+    let alone = access(AccessMode::Exclusive)(named("alone", 1));
+    let mut holder = client.open_producer(alone).await.expect("nobody is there");
+    holder.publish(1, "x").await;
+    let batch = batch(0, 1, "without a stream");
+    let unary = refusal(client.publisher().publish(unary("", batch)).await);
+    assert_eq!(reason(&unary), Reason::ProducerExists);
+    let refused = refusal(client.open_producer(named("other", 1)).await);
+    // Whoever fences needs a name, and then the one that was there is out.
+    let fencing = access(AccessMode::ExclusiveWithFencing);
+    let nameless = refusal(client.open_producer(fencing(named("", 1))).await);
+    assert_eq!(reason(&nameless), Reason::InvalidRequest);
+    client.open_producer(fencing(named("third", 1))).await.expect("it fences");
+    holder.send(1, "y").await;
+    assert_eq!(reason(&holder.raw.reply().await.expect_err("ended")), Reason::ProducerFenced);
+    refused
+}
+
+async fn unexpected_offset() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let at = |offset| Batch { expected_offset: Some(offset), ..batch(0, 1, "x") };
+    client.publisher().publish(unary("", at(0))).await.expect("the first one");
+    let status = refusal(client.publisher().publish(unary("", at(0))).await);
+    assert_eq!(fact(&status, "next_offset"), "1");
+    client.publisher().publish(unary("", at(1))).await.expect("the next one");
+    status
+}
+
 async fn producer_fenced() -> Status {
     let (_cluster, client) = cluster_with_topic().await;
     let _newer = client.open_producer(named("p", 5)).await.expect("opened");
@@ -285,6 +321,22 @@ async fn busy() -> Status {
     refusal(client.publisher().publish(unary("", batch(0, 1, "x"))).await)
 }
 
+async fn backlog_quota() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let quota = Policies { backlog_quota_bytes: Some(10), ..Policies::default() };
+    let set = SetPoliciesRequest { scope: TOPIC.into(), policies: Some(quota), unset: vec![] };
+    client.admin().set_policies(set).await.expect("set");
+    client.consumer(TOPIC, "slow").await;
+    // The owner hears of a policy within seconds; until then it takes what comes.
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        match client.publisher().publish(unary("", batch(0, 1, "more than ten bytes"))).await {
+            Ok(_) => assert!(tokio::time::Instant::now() < deadline, "never over its quota"),
+            Err(refused) => return refused,
+        }
+    }
+}
+
 async fn too_many_streams() -> Status {
     let cluster = Cluster::start_with(|config| config.limits.streams_per_connection_max = 1).await;
     let client = cluster.client().await;
@@ -297,8 +349,35 @@ async fn too_many_streams() -> Status {
 async fn consumer_exists() -> Status {
     let (_cluster, client) = cluster_with_topic().await;
     let _first = client.consumer(TOPIC, "s").await;
-    let status = refusal(client.open_consumer(open_consume(TOPIC, "s")).await);
+    let open = OpenConsume { consumer_name: "other".into(), ..open_consume(TOPIC, "s") };
+    let status = refusal(client.open_consumer(open).await);
     assert_eq!(fact(&status, "consumer"), "tester");
+    status
+}
+
+async fn consumer_replaced() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let mut first = client.consumer(TOPIC, "s").await;
+    let _again = client.consumer(TOPIC, "s").await;
+    refusal(first.reply().await)
+}
+
+async fn too_many_consumers() -> Status {
+    let cluster = Cluster::start_with(|config| config.limits.consumers_max = 1).await;
+    let client = cluster.client().await;
+    client.topic(TOPIC, 1).await;
+    let settings = Some(SubscriptionSettings {
+        r#type: SubscriptionType::Shared.into(),
+        ..SubscriptionSettings::default()
+    });
+    let open = |name: &str| OpenConsume {
+        consumer_name: name.into(),
+        settings: settings.clone(),
+        ..open_consume(TOPIC, "s")
+    };
+    let _first = client.open_consumer(open("one")).await.expect("opened");
+    let status = refusal(client.open_consumer(open("two")).await);
+    assert_eq!(fact(&status, "consumers_max"), "1");
     status
 }
 

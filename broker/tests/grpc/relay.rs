@@ -240,6 +240,7 @@ async fn topics_and_subscriptions_over_several_brokers_live_and_die_through_any_
         topic: TOPIC.into(),
         name: name.into(),
         start: SubscriptionStart::Earliest.into(),
+        ..Default::default()
     };
     two.admin().create_subscription(create("s")).await.expect("created");
     one.admin().create_subscription(create("other")).await.expect("created");

@@ -9,7 +9,7 @@ use geminga_proto::{
         TierStatusRequest, VerifyTierRequest,
     },
     reason::Reason,
-    v1::{AcceptUpTo, OpenPublish, Route, Settle, SettleRequest, settle::Verb},
+    v1::{AcceptUpTo, BacklogAction, OpenPublish, Route, Settle, SettleRequest, settle::Verb},
 };
 use tokio::time::timeout;
 use tonic::{Status, Streaming};
@@ -207,7 +207,11 @@ async fn the_next_owner_acts_by_the_same_policy() {
     let client = Client::of(&pair.other).await;
     client.topic(TOPIC, 4).await;
     let retention = Policies { retention_ms: Some(5_000), ..Policies::default() };
-    let wanted = Policies { delete_lag_ms: Some(4 * 3_600_000), ..retention };
+    let wanted = Policies {
+        delete_lag_ms: Some(4 * 3_600_000),
+        backlog_action: Some(BacklogAction::Reject.into()),
+        ..retention
+    };
     set(&client, TOPIC, retention, &[]).await;
     in_force(&client, TOPIC, Some(wanted)).await;
     pair.cluster.kill().await;

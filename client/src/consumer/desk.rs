@@ -1,8 +1,8 @@
 //! What the application's side and the task of one segment share: what was delivered and not handed out, and what was
-//! accepted.
+//! asked of it.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::VecDeque,
     future::Future,
     pin::Pin,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -10,27 +10,36 @@ use std::{
     time::Duration,
 };
 
+use geminga_proto::v1::SubscriptionSettings;
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, oneshot},
     time::Instant,
 };
 
-use super::{segment_stream::Inbound, settles::Request};
+use super::{
+    asked::{Ask, Request},
+    segment_stream::Inbound,
+};
 use crate::error::Error;
 
-/// Time from an accept to its confirmation, after which it fails as indeterminate.
-const ACCEPT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time from a wish to its confirmation, after which it fails as indeterminate.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bits of [`Desk::seen`] that count messages; the others are the stream's number.
+const COUNT_BITS: u32 = 40;
 
 /// The shared state of one segment. The lock is held for a few instructions, never over an await, and taken per delivery,
 /// not per message.
 #[derive(Debug, Default)]
 pub(super) struct Desk {
     state: Mutex<State>,
-    /// The stream that deliveries count for, from 1; written under the lock.
-    stream: AtomicU64,
-    /// Whether `late` names anything; written under the lock.
-    any_late: AtomicBool,
+    /// The stream that deliveries count for, and how many of its messages the application has seen: in one word, so that
+    /// what is claimed when a stream is left is exactly what was handed out.
+    seen: AtomicU64,
+    /// Whether `revoked` names anything; written under the lock.
+    any_revoked: AtomicBool,
+    /// This consumer gets the segment's messages.
+    active: AtomicBool,
     wake: Notify,
     over: Notify,
 }
@@ -47,18 +56,22 @@ struct State {
     taken_bytes: u64,
     /// Bounded by what was handed out: the server stops at its limit of unsettled messages.
     requests: Vec<Request>,
-    late: Late,
+    /// Revoked before they were handed out; bounded by the credit.
+    revoked: Vec<Revoked>,
+    /// Of the subscription, as the last open was answered.
+    settings: SubscriptionSettings,
     closing: bool,
     ended: bool,
 }
 
-/// What was handed out on an earlier stream and accepted only after the present one began. The present one may have
-/// delivered it again already: it is not handed out.
-#[derive(Debug, Default)]
-struct Late {
-    singles: BTreeSet<u64>,
-    /// Everything below.
-    below: u64,
+#[derive(Debug)]
+struct Revoked {
+    first: u64,
+    last: u64,
+    /// Deliveries with a higher key are other ones.
+    key_max: u64,
+    /// Of no use once the application has seen so many messages.
+    until: u64,
 }
 
 /// What the task finds when it looks.
@@ -86,15 +99,23 @@ impl Desk {
         }
     }
 
-    /// A new stream: what was delivered before and not handed out will come again.
-    pub(super) fn begin(&self, stream: u64) {
+    /// The stream is left: what it delivered and the application has not seen is dropped, and comes again. Returns how
+    /// many of its messages the application has seen.
+    pub(super) fn cut(&self, next_stream: u64) -> u64 {
         let mut state = self.state.lock();
+        let before = self.seen.swap(next_stream << COUNT_BITS, Ordering::AcqRel);
         state.queue.clear();
-        state.late = Late::default();
+        state.revoked.clear();
         state.taken_messages = 0;
         state.taken_bytes = 0;
-        self.any_late.store(false, Ordering::Release);
-        self.stream.store(stream, Ordering::Release);
+        self.any_revoked.store(false, Ordering::Release);
+        self.active.store(false, Ordering::Release);
+        before & ((1 << COUNT_BITS) - 1)
+    }
+
+    /// How many messages of the present stream the application has seen.
+    pub(super) fn seen(&self) -> u64 {
+        self.seen.load(Ordering::Acquire) & ((1 << COUNT_BITS) - 1)
     }
 
     /// A delivery of the present stream, for the application.
@@ -104,15 +125,50 @@ impl Desk {
         wake(state.waker.take());
     }
 
+    /// Of what was delivered so far, this is not to be handed out; `delivered` messages came on this stream.
+    pub(super) fn revoke(&self, ranges: &[(u64, u64)], key_max: u64, delivered: u64) {
+        let seen = self.seen();
+        let mut state = self.state.lock();
+        state.revoked.retain(|revoked| revoked.until > seen);
+        if seen < delivered {
+            state.revoked.extend(ranges.iter().map(|(first, last)| Revoked {
+                first: *first,
+                last: *last,
+                key_max,
+                until: delivered,
+            }));
+        }
+        self.any_revoked.store(!state.revoked.is_empty(), Ordering::Release);
+    }
+
+    pub(super) fn set_settings(&self, settings: SubscriptionSettings) {
+        self.state.lock().settings = settings;
+    }
+
+    /// Of the subscription.
+    pub(super) fn settings(&self) -> SubscriptionSettings {
+        self.state.lock().settings.clone()
+    }
+
+    pub(super) fn set_active(&self, active: bool) {
+        self.active.store(active, Ordering::Release);
+    }
+
+    /// Whether this consumer gets the segment's messages.
+    pub(super) fn is_active(&self) -> bool {
+        self.active.load(Ordering::Acquire)
+    }
+
     /// No retry helps: the application hears of it behind what was delivered.
     pub(super) fn fail(&self, error: Error) {
         self.state.lock().failure = Some(error); // the task ends, and wakes the application then
     }
 
-    /// The task ends: later accepts fail, pending ones are returned.
+    /// The task ends: later wishes fail, pending ones are returned.
     pub(super) fn end(&self) -> Vec<Request> {
         let mut state = self.state.lock();
         state.ended = true;
+        self.active.store(false, Ordering::Release);
         self.over.notify_waiters();
         wake(state.waker.take());
         std::mem::take(&mut state.requests)
@@ -147,29 +203,41 @@ impl Desk {
         Poll::Pending
     }
 
-    /// Whether this stream's deliveries may still be handed out.
-    pub(super) fn is_current(&self, stream: u64) -> bool {
-        self.stream.load(Ordering::Acquire) == stream
+    /// The application sees the next message of this stream: from here on it is claimed after a break. False if the
+    /// stream was left, and the message is not ours to hand out.
+    pub(super) fn see(&self, stream: u64) -> bool {
+        let mut before = self.seen.load(Ordering::Acquire);
+        while before >> COUNT_BITS == stream {
+            let seen = self.seen.compare_exchange_weak(
+                before,
+                before + 1,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            match seen {
+                Ok(_) => return true,
+                Err(now) => before = now,
+            }
+        }
+        false
     }
 
-    /// Whether this message, about to be handed out, was accepted meanwhile.
-    pub(super) fn is_late(&self, offset: u64) -> bool {
-        if !self.any_late.load(Ordering::Acquire) {
+    /// Whether this message, about to be handed out, was revoked meanwhile.
+    pub(super) fn is_revoked(&self, offset: u64, key: u64) -> bool {
+        if !self.any_revoked.load(Ordering::Acquire) {
             return false;
         }
-        let mut state = self.state.lock();
-        let late = &mut state.late;
-        // Messages are handed out in order: what lies before this one is of no more use.
-        late.singles = late.singles.split_off(&offset);
-        let found = offset < late.below || late.singles.contains(&offset);
-        self.any_late.store(late.below > offset || !late.singles.is_empty(), Ordering::Release);
-        found
+        let state = self.state.lock();
+        let names = |revoked: &Revoked| {
+            (revoked.first..=revoked.last).contains(&offset) && key <= revoked.key_max
+        };
+        state.revoked.iter().any(names)
     }
 
     /// A delivery was handed out: its credit can be granted again.
     pub(super) fn taken(&self, stream: u64, messages: u64, bytes: u64) {
         let mut state = self.state.lock();
-        if self.is_current(stream) {
+        if self.seen.load(Ordering::Acquire) >> COUNT_BITS == stream {
             state.taken_messages += messages;
             state.taken_bytes += bytes;
             drop(state);
@@ -177,37 +245,26 @@ impl Desk {
         }
     }
 
-    /// Asks for an accept of a message that was handed out on `stream`, at once.
-    pub(super) fn accept(&self, offset: u64, up_to: bool, stream: u64) -> Settling {
+    /// Asks something of a message that was handed out under `key`, at once.
+    pub(super) fn ask(&self, offset: u64, key: u64, ask: Ask) -> Settling {
         let (waiter, answer) = oneshot::channel();
-        let deadline = Instant::now() + ACCEPT_TIMEOUT;
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
         let mut state = self.state.lock();
         if state.ended {
             let _ = waiter.send(Err(Error::Closed)); // the answer is held below
             return Settling(answer);
         }
-        if !self.is_current(stream) {
-            if up_to {
-                state.late.below = state.late.below.max(offset.saturating_add(1));
-            } else {
-                state.late.singles.insert(offset);
-            }
-            self.any_late.store(true, Ordering::Release);
-        }
-        state.requests.push(Request { offset, up_to, deadline, waiter });
+        state.requests.push(Request { offset, key, ask, deadline, waiter });
         drop(state);
         self.wake.notify_one();
         Settling(answer)
     }
 
-    /// No more messages are wanted; pending accepts are, and may need what is delivered behind what waits here.
+    /// No more messages are wanted; pending settles are answered first.
     pub(super) fn close(&self) {
         let mut state = self.state.lock();
         state.closing = true;
-        for inbound in std::mem::take(&mut state.queue) {
-            state.taken_messages += inbound.messages;
-            state.taken_bytes += inbound.bytes;
-        }
+        state.queue.clear();
         drop(state);
         self.wake.notify_one();
     }
@@ -219,9 +276,9 @@ fn wake(waker: Option<Waker>) {
     }
 }
 
-/// The confirmation of an accept, to come: it is durable. Dropping it abandons the answer, not the accept.
+/// The confirmation of a settle, to come: it is durable. Dropping it abandons the answer, not the settle.
 #[derive(Debug)]
-#[must_use = "an accept is durable only once it is confirmed; drop it to not wait"]
+#[must_use = "a settle is durable only once it is confirmed; drop it to not wait"]
 pub struct Settling(oneshot::Receiver<Result<(), Error>>);
 
 impl Settling {
@@ -251,6 +308,7 @@ mod tests {
     fn inbound(stream: u64) -> Inbound {
         Inbound {
             stream,
+            key: 1,
             delivery: Delivery::default(),
             offsets: vec![(0, 0)],
             messages: 1,
@@ -261,11 +319,36 @@ mod tests {
     #[test]
     fn what_a_stream_left_behind_holds_no_memory_when_the_next_one_begins() {
         let desk = Desk::default();
-        desk.begin(1);
+        desk.cut(1);
         desk.deliver(inbound(1));
-        desk.begin(2);
+        desk.cut(2);
         assert!(desk.poll_delivery(&Context::from_waker(Waker::noop())).is_pending());
         desk.deliver(inbound(2));
         assert!(desk.poll_delivery(&Context::from_waker(Waker::noop())).is_ready());
+    }
+
+    #[test]
+    fn what_was_seen_is_counted_until_the_stream_is_left_and_nothing_is_seen_behind_that() {
+        let desk = Desk::default();
+        desk.cut(1);
+        assert!(desk.see(1) && desk.see(1));
+        assert_eq!(desk.cut(2), 2);
+        assert!(!desk.see(1), "it comes again");
+        assert!(desk.see(2));
+        assert_eq!(desk.seen(), 1);
+    }
+
+    #[test]
+    fn a_revoked_message_is_passed_by_and_its_next_delivery_is_not() {
+        let desk = Desk::default();
+        desk.cut(1);
+        desk.revoke(&[(5, 9)], 3, 10);
+        assert!(desk.is_revoked(5, 3) && desk.is_revoked(9, 1));
+        assert!(!desk.is_revoked(4, 3) && !desk.is_revoked(5, 4));
+        for _ in 0..10 {
+            desk.see(1);
+        }
+        desk.revoke(&[(5, 9)], 3, 10);
+        assert!(!desk.is_revoked(5, 3), "everything before was seen");
     }
 }

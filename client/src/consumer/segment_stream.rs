@@ -1,5 +1,5 @@
 //! The task that owns the consume stream of one segment: opens it, grants credit for what was handed out, passes
-//! deliveries on, settles accepts, and starts again after a break.
+//! deliveries on, settles what the application asks, keeps leases, and starts again after a break.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,8 +8,9 @@ use geminga_proto::{
     names::{ConsumerName, SubscriptionName, TopicName},
     reason::{Reason, Retry},
     v1::{
-        ConsumeFrame, ConsumeOpened, ConsumeReply, Credit, Delivery, OpenConsume, Ping,
-        SubscriptionStart, consume_frame::Frame, consume_reply::Reply,
+        Assigned, ConsumeFrame, ConsumeOpened, ConsumeReply, Credit, Delivery, OpenConsume, Ping,
+        ReadFrom, Revoked, SubscriptionSettings, SubscriptionStart, SubscriptionType,
+        consume_frame::Frame, consume_reply::Reply, read_from,
     },
 };
 use geminga_runtime::random::Random;
@@ -20,7 +21,12 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::{desk::Desk, settles::Settles};
+use super::{
+    desk::Desk,
+    settles::{Settles, millis},
+    source::ranges_of,
+    unseen::Unseen,
+};
 use crate::{
     backoff::Backoff,
     connection::{Connections, Way},
@@ -43,13 +49,33 @@ const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Accepts that time out are looked for this often.
 const SWEEP: Duration = Duration::from_secs(5);
 
+/// Streams are numbered in so many bits; a number is only ever compared with its neighbours.
+const STREAM_MASK: u64 = (1 << 24) - 1;
+/// Time for the server to end a stream that was closed cleanly: it has then heard all of it.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Ranges claimed after a break; the others are delivered again. Bounds the open frame.
+const CLAIMED_RANGES_MAX: usize = 100_000;
+
+/// What a stream reads.
+#[derive(Clone, Debug)]
+pub(super) enum Target {
+    Subscription {
+        name: SubscriptionName,
+        create_at: Option<SubscriptionStart>,
+        settings: Option<SubscriptionSettings>,
+        /// Leases of handed out messages are extended for so long.
+        processing_time_max: Duration,
+    },
+    /// A segment without a cursor.
+    Reader(ReadFrom),
+}
+
 /// What every segment's stream of a consumer has in common.
 #[derive(Clone, Debug)]
 pub(super) struct Settings {
     pub(super) topic: TopicName,
-    pub(super) subscription: SubscriptionName,
+    pub(super) target: Target,
     pub(super) name: ConsumerName,
-    pub(super) create_at: Option<SubscriptionStart>,
     /// The credit: messages and bytes that may be delivered and not handed out.
     pub(super) window_messages: u64,
     pub(super) window_bytes: u64,
@@ -60,6 +86,8 @@ pub(super) struct Settings {
 #[derive(Debug)]
 pub(super) struct Inbound {
     pub(super) stream: u64,
+    /// Of the delivery, for settles.
+    pub(super) key: u64,
     pub(super) delivery: Delivery,
     /// Offsets to hand out, as inclusive ranges.
     pub(super) offsets: Vec<(u64, u64)>,
@@ -79,7 +107,13 @@ pub(super) struct SegmentStream {
     line: Line,
     backoff: Backoff,
     way: Way,
+    stream: u64,
     settles: Settles,
+    unseen: Unseen,
+    /// Handed out since leases were last looked at.
+    news: Vec<(u64, u64)>,
+    /// When leases are looked at next; none while none is held.
+    lease_at: Option<Instant>,
     /// When waiting accepts are sent at the latest.
     settle_at: Option<Instant>,
     /// After a refusal that may be repeated: no accepts are sent before.
@@ -90,7 +124,14 @@ pub(super) struct SegmentStream {
 }
 
 enum Line {
-    Waiting { until: Instant },
+    Waiting {
+        until: Instant,
+    },
+    /// Our side is closed, and everything is answered: the server ends it.
+    Closing {
+        replies: Box<Streaming<ConsumeReply>>,
+        until: Instant,
+    },
     Opening(BoxFuture<'static, Result<Opened, Error>>),
     Open(Box<OpenLine>),
     Ended,
@@ -112,12 +153,15 @@ struct OpenLine {
     leave_by: Option<Instant>,
     heard_at: Instant,
     pinged: bool,
+    /// Of the last assignment.
+    assigned: u64,
 }
 
 enum Event {
     Retry,
     Opened(Result<Opened, Error>),
     Reply(Result<Option<ConsumeReply>, Error>),
+    Closed,
     Desk,
     Timer,
 }
@@ -129,6 +173,10 @@ impl Line {
             Self::Waiting { until } => {
                 sleep_until(*until).await;
                 Event::Retry
+            }
+            Self::Closing { replies, until } => {
+                while let Ok(Ok(Some(_))) = timeout_at(*until, replies.message()).await {}
+                Event::Closed
             }
             Self::Opening(opening) => Event::Opened(opening.await),
             Self::Open(line) => Event::Reply(line.replies.message().await.map_err(Error::from)),
@@ -157,7 +205,11 @@ impl SegmentStream {
             line: Line::Waiting { until: now },
             backoff: Backoff::new(random),
             way: Way::default(),
+            stream: 0,
             settles: Settles::default(),
+            unseen: Unseen::default(),
+            news: Vec::new(),
+            lease_at: None,
             settle_at: None,
             hold_until: None,
             sweep_at: now + SWEEP,
@@ -187,32 +239,77 @@ impl SegmentStream {
                     self.on_broken(Error::Unavailable("the server ended the stream".into()), now);
                 }
                 Event::Reply(Err(error)) => self.on_broken(error, now),
+                Event::Closed => self.line = Line::Ended,
                 Event::Desk => self.look(now),
                 Event::Timer => self.on_timer(now),
             }
+            self.keep_leases(now);
             self.send_settles(now);
-            if matches!(self.line, Line::Ended) || (self.closing && self.settles.is_empty()) {
+            if matches!(self.line, Line::Ended) {
                 break; // dropping the line ends the stream
             }
+            if self.closing && self.settles.is_empty() {
+                self.close(now);
+            }
         }
-        for request in self.desk.end() {
+        let late = self.desk.end();
+        self.settles.fail(&Error::Closed);
+        for request in late {
             let _ = request.waiter.send(Err(Error::Closed)); // nobody may wait any more
         }
     }
 
+    /// Everything that was asked is answered: what is still held goes back uncounted, as the server hears the end.
+    fn close(&mut self, now: Instant) {
+        self.line = match std::mem::replace(&mut self.line, Line::Ended) {
+            Line::Open(line) => {
+                let OpenLine { replies, frames, .. } = *line;
+                drop(frames);
+                Line::Closing { replies: Box::new(replies), until: now + CLOSE_TIMEOUT }
+            }
+            closing @ Line::Closing { .. } => closing,
+            _ => Line::Ended,
+        };
+    }
+
+    /// The present stream counts for nothing from here on. What the application has not seen comes again.
+    fn leave(&mut self) {
+        self.stream = (self.stream + 1) & STREAM_MASK;
+        let seen = self.desk.cut(self.stream);
+        let last = self.unseen.on_seen(seen).last().map(|range| range.1);
+        let unseen = self.unseen.end();
+        let next = unseen.first().map(|range| range.0);
+        if let (Target::Reader(from), Some(next)) =
+            (&mut self.settings.target, next.or(last.map(|last| last.saturating_add(1))))
+        {
+            from.from = Some(read_from::From::Offset(next));
+        }
+        self.news.clear();
+        self.settles.on_broken(&unseen);
+    }
+
     fn open(&mut self, now: Instant) {
+        self.leave();
         let known = self.layout.get();
         let (owner, route) = self.way.next(known.owner(self.segment));
         let settings = &self.settings;
-        let open = OpenConsume {
+        let mut open = OpenConsume {
             topic: settings.topic.to_string(),
             segment: self.segment,
             layout_epoch: known.table.epoch,
-            subscription: settings.subscription.to_string(),
             consumer_name: settings.name.to_string(),
             route: route.into(),
-            create_at: settings.create_at.map(Into::into),
+            ..Default::default()
         };
+        match &settings.target {
+            Target::Subscription { name, create_at, settings, .. } => {
+                open.subscription = name.to_string();
+                open.create_at = create_at.map(Into::into);
+                open.settings = settings.clone();
+                open.claims = self.settles.claims(CLAIMED_RANGES_MAX);
+            }
+            Target::Reader(from) => open.reader = Some(*from),
+        }
         // The builder waits for the first one, and no longer than it was told.
         let limit = now + OPEN_TIMEOUT;
         let limit = if self.ready.is_some() { limit.min(self.settings.open_by) } else { limit };
@@ -230,8 +327,19 @@ impl SegmentStream {
             topic = %self.settings.topic, segment = self.segment, next = answer.mark_delete_next,
             "consume stream open"
         );
-        self.settles.on_opened(answer.mark_delete_next);
-        self.desk.begin(self.settles.stream());
+        if let Err(words) = self.settles.on_opened(answer.mark_delete_next, &answer.granted, now) {
+            return self.give_up(Error::refused(Reason::UnexpectedFrame, words));
+        }
+        if let Target::Reader(from) = &mut self.settings.target
+            && answer.mark_delete_next > 0
+            && !matches!(from.from, Some(read_from::From::Offset(_)))
+        {
+            // Where the server began: a break does not begin at another place.
+            from.from = Some(read_from::From::Offset(answer.mark_delete_next));
+        }
+        let settings = answer.settings.unwrap_or_default();
+        self.desk.set_active(settings.r#type() != SubscriptionType::Failover);
+        self.desk.set_settings(settings);
         let mut line = OpenLine {
             frames,
             replies,
@@ -242,6 +350,7 @@ impl SegmentStream {
             leave_by: None,
             heard_at: now,
             pinged: false,
+            assigned: 0,
         };
         line.grant(&self.settings, 0, 0);
         self.line = Line::Open(Box::new(line));
@@ -260,12 +369,12 @@ impl SegmentStream {
             Some(Reply::Delivery(delivery)) => self.on_delivery(delivery, now),
             Some(Reply::Settled(settled)) => {
                 self.backoff.reset();
-                self.settles.on_settled(settled.token, settled.mark_delete_next);
+                self.settles.on_settled(settled.token, settled.mark_delete_next, now);
             }
             Some(Reply::SettleRefused(refused)) => {
                 let error = Error::in_stream(&refused.reason, refused.message, refused.retry_safe);
                 let again = error.retry() != Retry::Never;
-                self.settles.on_refused(refused.token, &error, again);
+                self.settles.on_refused(refused.token, &error, now);
                 if again && self.hold_until.is_none_or(|until| until <= now) {
                     self.hold_until = Some(now + self.backoff.pause(None));
                 }
@@ -277,18 +386,36 @@ impl SegmentStream {
                 }
                 self.way.on_go_away(go_away);
             }
+            Some(Reply::Assigned(assigned)) => self.on_assigned(assigned),
+            Some(Reply::Revoked(revoked)) => self.on_revoked(&revoked, now),
             Some(Reply::Opened(_) | Reply::Pong(_)) | None => {}
         }
+    }
+
+    /// A failover subscription shares its segments out; an older word than the last one is ignored.
+    fn on_assigned(&mut self, assigned: Assigned) {
+        let Line::Open(line) = &mut self.line else { return };
+        if assigned.epoch >= line.assigned {
+            line.assigned = assigned.epoch;
+            self.desk.set_active(assigned.active);
+        }
+    }
+
+    fn on_revoked(&mut self, revoked: &Revoked, now: Instant) {
+        self.look(now); // what was asked before is on its way
+        let (ranges, key_max) = self.settles.on_revoked(&revoked.ranges, &revoked.handle);
+        self.desk.revoke(&ranges, key_max, self.unseen.delivered());
     }
 
     fn on_delivery(&mut self, delivery: Delivery, now: Instant) {
         self.look(now); // what was accepted until now is not handed out again
         let Line::Open(line) = &mut self.line else { return };
-        let Some(messages) = messages_of(&delivery) else {
+        let Some(ranges) = ranges_of(&delivery) else {
             return self.give_up(Error::Damaged(
                 "a delivery names offsets outside its batch, or none".into(),
             ));
         };
+        let messages = ranges.iter().map(|(first, last)| last - first + 1).sum::<u64>();
         let bytes = delivery.payload.len() as u64;
         // Bytes may run over by the rest of one batch: a batch cannot be cut. So what waits is bounded.
         let spent = line.used_bytes >= line.granted_bytes;
@@ -302,20 +429,51 @@ impl SegmentStream {
             return self.give_up(error);
         }
         self.backoff.reset();
-        let mut offsets: Vec<(u64, u64)> = Vec::with_capacity(delivery.deliver.len());
-        for range in &delivery.deliver {
-            self.settles.on_delivered(range.first, range.last + 1, &delivery.handle);
-            push_unaccepted(&self.settles, range.first, range.last, &mut offsets);
+        if self.closing {
+            return; // given back with the end of the stream
         }
-        if !self.settles.is_empty() {
-            self.settle_at.get_or_insert(now + SETTLE_LINGER); // stale accepts may wait again
+        let key = match &self.settings.target {
+            Target::Reader(_) => 0,
+            Target::Subscription { .. } => {
+                let lease = millis(delivery.lease_ms);
+                self.settles.on_delivered(&ranges, &delivery.handle, lease, now)
+            }
+        };
+        if delivery.lease_ms > 0 && self.lease_at.is_none() {
+            self.lease_at = self.settles.lease_tick().map(|tick| now + tick);
         }
-        let stream = self.settles.stream();
-        if offsets.is_empty() || self.closing {
-            // Nothing for the application, which may be waiting for its accepts and not look here.
-            self.desk.taken(stream, messages, bytes);
-        } else {
-            self.desk.deliver(Inbound { stream, delivery, offsets, messages, bytes });
+        self.see();
+        self.unseen.on_delivered(&ranges);
+        let stream = self.stream;
+        self.desk.deliver(Inbound { stream, key, delivery, offsets: ranges, messages, bytes });
+    }
+
+    /// Learns what the application has seen.
+    fn see(&mut self) {
+        let news = self.unseen.on_seen(self.desk.seen());
+        if self.lease_at.is_some() {
+            self.news.extend(news);
+        }
+    }
+
+    /// Extends leases in time: of what waits for the application, and of what it has for as long as it has asked.
+    fn keep_leases(&mut self, now: Instant) {
+        let Target::Subscription { processing_time_max, .. } = self.settings.target else { return };
+        let Line::Open(line) = &mut self.line else { return };
+        if self.lease_at.is_none_or(|at| now < at) {
+            return;
+        }
+        let news = self.unseen.on_seen(self.desk.seen());
+        self.news.extend(news);
+        self.settles.on_handed_out(&std::mem::take(&mut self.news), now + processing_time_max);
+        let Some(tick) = self.settles.lease_tick() else {
+            self.lease_at = None;
+            return;
+        };
+        self.lease_at = Some(now + tick);
+        while let Ok(room) = line.frames.try_reserve() {
+            let Some(settle) = self.settles.renewal(now, tick) else { return };
+            room.send(ConsumeFrame { frame: Some(Frame::Settle(settle)) });
         }
     }
 
@@ -362,6 +520,7 @@ impl SegmentStream {
             [settle_at, self.hold_until].into_iter().flatten().fold(self.sweep_at, Instant::min);
         if let Line::Open(line) = &self.line {
             due = due.min(line.quiet_until()).min(line.leave_by.unwrap_or(due));
+            due = due.min(self.lease_at.unwrap_or(due));
         }
         due
     }
@@ -389,7 +548,12 @@ impl SegmentStream {
         let opening = self.ready.is_some();
         let existing = error.reason() == Some(Reason::ConsumerExists)
             && now + pause > self.started_at + EXISTING_CONSUMER_WAIT;
-        let hopeless = error.retry() == Retry::Never;
+        // Handles of a subscription that was deleted and made again: it goes on without them.
+        let disowned = error.reason() == Some(Reason::InvalidHandle) && self.settles.holds_any();
+        if disowned {
+            self.settles.disown();
+        }
+        let hopeless = error.retry() == Retry::Never && !disowned;
         if hopeless || (opening && (existing || now + pause >= self.settings.open_by)) {
             return self.give_up(error);
         }
@@ -439,34 +603,6 @@ impl OpenLine {
     }
 }
 
-/// The messages that a delivery hands over: its ranges rise and lie within the batch. None for anything else.
-fn messages_of(delivery: &Delivery) -> Option<u64> {
-    let end = delivery.base_offset.checked_add(u64::from(delivery.count))?;
-    let (mut from, mut messages) = (delivery.base_offset, 0);
-    for range in &delivery.deliver {
-        if range.first < from || range.last < range.first || range.last >= end {
-            return None;
-        }
-        from = range.last + 1;
-        messages += range.last - range.first + 1;
-    }
-    (messages > 0).then_some(messages)
-}
-
-/// Adds `[first, last]` less what was accepted before.
-fn push_unaccepted(settles: &Settles, first: u64, last: u64, offsets: &mut Vec<(u64, u64)>) {
-    if settles.is_empty() {
-        offsets.push((first, last));
-        return;
-    }
-    for offset in (first..=last).filter(|offset| !settles.is_accepted(*offset)) {
-        match offsets.last_mut() {
-            Some(range) if range.1 + 1 == offset => range.1 = offset,
-            _ => offsets.push((offset, offset)),
-        }
-    }
-}
-
 async fn open_stream(
     connections: Connections,
     owner: Option<String>,
@@ -479,7 +615,7 @@ async fn open_stream(
     let mut replies = client.consume(ReceiverStream::new(outgoing)).await?.into_inner();
     match replies.message().await?.and_then(|reply| reply.reply) {
         Some(Reply::Opened(answer)) => Ok(Opened { frames, replies, answer }),
-        Some(Reply::GoAway(_)) | None => {
+        Some(Reply::GoAway(_) | Reply::Assigned(_) | Reply::Revoked(_)) | None => {
             Err(Error::Unavailable("the server ended the stream".into()))
         }
         Some(_) => Err(Error::refused(

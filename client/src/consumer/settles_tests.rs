@@ -1,4 +1,5 @@
-//! Accepts over answers, refusals and breaks: each is confirmed only when it is durable, and none hangs.
+//! What is asked over answers, refusals, revocations and breaks: each is confirmed only when the server did it, and none
+//! hangs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -6,123 +7,199 @@ use std::{
 };
 
 use proptest::prelude::*;
-use tokio::sync::oneshot::{Receiver, error::TryRecvError};
+use tokio::sync::oneshot::{self, Receiver, error::TryRecvError};
 
 use super::*;
 
-fn request(settles: &mut Settles, offset: u64, up_to: bool) -> Receiver<Result<(), Error>> {
+const ACCEPT: Ask = Ask::Accept;
+const RELEASE: Ask = Ask::Release { delay_ms: None, counts: true };
+
+fn ask(settles: &mut Settles, offset: u64, key: u64, ask: Ask) -> Receiver<Result<(), Error>> {
     let (waiter, answer) = oneshot::channel();
     let deadline = Instant::now() + Duration::from_secs(60);
-    settles.request(Request { offset, up_to, deadline, waiter });
+    settles.request(Request { offset, key, ask, deadline, waiter });
     answer
 }
 
-fn handle(stream: u64) -> Bytes {
-    Bytes::from(format!("stream {stream}"))
+fn handle(stream: u64, attempt: u64) -> Bytes {
+    Bytes::from(format!("stream {stream}, attempt {attempt}"))
 }
 
-/// The server's cursor: what is durable, and what it delivered on the present stream.
-#[derive(Default)]
-struct Cursor {
-    acked: BTreeSet<u64>,
-    delivered: u64,
+/// A message at the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum At {
+    /// Waits for the delivery with this number.
+    Ready(u64),
+    /// With our consumer: attempt, handle.
+    Held(u64, Bytes),
+    Settled,
 }
 
-impl Cursor {
-    fn next(&self) -> u64 {
-        (0..).find(|offset| !self.acked.contains(offset)).expect("finite")
-    }
+/// One delivery in the application's hands, and what it asked for it.
+struct Held {
+    offset: u64,
+    key: u64,
+    attempt: u64,
+    asked: Option<(Ask, Receiver<Result<(), Error>>)>,
+}
 
-    fn apply(&mut self, settle: &Settle, stream: u64) {
-        match settle.verb.as_ref().expect("a verb") {
-            Verb::Accept(accept) => {
-                assert_eq!(accept.handle, handle(stream), "a handle of the present stream");
-                for range in &accept.ranges {
-                    assert!(range.last < self.delivered, "only what was delivered");
-                    self.acked.extend(range.first..=range.last);
-                }
-            }
-            Verb::AcceptUpTo(up_to) => {
-                assert_eq!(up_to.handle, handle(stream));
-                assert!(up_to.offset < self.delivered);
-                self.acked.extend(0..=up_to.offset);
-            }
-        }
-    }
+struct World {
+    settles: Settles,
+    messages: Vec<At>,
+    stream: u64,
+    wire: Vec<Settle>,
+    held: Vec<Held>,
+    /// Delivered on this stream and not handed out: (offset, key, attempt).
+    unseen: Vec<(u64, u64, u64)>,
+    breaks: u32,
 }
 
 #[derive(Clone, Debug)]
 enum Step {
-    Deliver,
-    Accept {
+    Deliver {
         pick: usize,
-        up_to: bool,
+        count: usize,
+    },
+    See,
+    Ask {
+        pick: usize,
+        release: bool,
     },
     Send,
     /// The server applies the oldest frame, and its answer arrives or is lost with the stream.
     Apply {
         answered: bool,
     },
-    Break,
+    /// A lease runs out.
+    Revoke {
+        pick: usize,
+    },
+    Break {
+        deny: u8,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        4 => Just(Step::Deliver),
-        4 => (any::<usize>(), prop::bool::weighted(0.2)).prop_map(|(pick, up_to)| Step::Accept { pick, up_to }),
+        5 => (any::<usize>(), 1usize..5).prop_map(|(pick, count)| Step::Deliver { pick, count }),
+        8 => Just(Step::See),
+        6 => (any::<usize>(), prop::bool::weighted(0.3)).prop_map(|(pick, release)| Step::Ask { pick, release }),
         4 => Just(Step::Send),
-        4 => prop::bool::weighted(0.8).prop_map(|answered| Step::Apply { answered }),
-        1 => Just(Step::Break),
+        5 => prop::bool::weighted(0.85).prop_map(|answered| Step::Apply { answered }),
+        2 => any::<usize>().prop_map(|pick| Step::Revoke { pick }),
+        1 => any::<u8>().prop_map(|deny| Step::Break { deny }),
     ]
 }
 
-struct World {
-    settles: Settles,
-    cursor: Cursor,
-    wire: Vec<Settle>,
-    /// Handed out, on this stream or an earlier one, and not accepted.
-    held: Vec<u64>,
-    accepted: BTreeSet<u64>,
-    answers: BTreeMap<u64, Vec<Receiver<Result<(), Error>>>>,
-}
-
 impl World {
-    fn deliver(&mut self) {
-        let start = (self.cursor.delivered..)
-            .find(|offset| !self.cursor.acked.contains(offset))
-            .expect("finite");
-        self.cursor.delivered = start + 1;
-        let stream = self.settles.stream();
-        self.settles.on_delivered(start, start + 1, &handle(stream));
-        if self.settles.is_accepted(start) {
-            return;
+    fn new() -> Self {
+        let mut settles = Settles::default();
+        settles.on_opened(0, &[], Instant::now()).expect("nothing is claimed");
+        let messages = vec![At::Ready(1); 24];
+        let (wire, held, unseen) = (Vec::new(), Vec::new(), Vec::new());
+        Self { settles, messages, stream: 1, wire, held, unseen, breaks: 0 }
+    }
+
+    fn mark_delete_next(&self) -> u64 {
+        self.messages.iter().take_while(|at| **at == At::Settled).count() as u64
+    }
+
+    fn deliver(&mut self, pick: usize, count: usize) {
+        let ready: Vec<u64> = (0..self.messages.len() as u64)
+            .filter(|offset| matches!(self.messages[*offset as usize], At::Ready(_)))
+            .collect();
+        let Some(first) = (!ready.is_empty()).then(|| ready[pick % ready.len()]) else { return };
+        let At::Ready(attempt) = self.messages[first as usize] else { return };
+        let mut last = first;
+        let handle = handle(self.stream, attempt);
+        while last + 1 < self.messages.len() as u64
+            && self.messages[last as usize + 1] == At::Ready(attempt)
+            && last - first + 1 < count as u64
+        {
+            last += 1;
         }
-        assert!(!self.accepted.contains(&start), "{start} was accepted and is handed out again");
-        self.held.push(start);
+        for offset in first..=last {
+            self.messages[offset as usize] = At::Held(attempt, handle.clone());
+        }
+        let lease = Duration::from_secs(30);
+        let key = self.settles.on_delivered(&[(first, last)], &handle, lease, Instant::now());
+        self.unseen.extend((first..=last).map(|offset| (offset, key, attempt)));
     }
 
-    fn reopen(&mut self) {
-        self.wire.clear(); // what was handed out stays in the application's hands
-        self.cursor.delivered = self.cursor.next();
-        self.settles.on_opened(self.cursor.next());
+    fn server(&mut self, settle: &Settle) -> Result<(), Error> {
+        let (ranges, handle, verb) = match settle.verb.clone().expect("a verb") {
+            Verb::Accept(accept) => (accept.ranges, accept.handle, true),
+            Verb::Release(release) => (release.ranges, release.handle, false),
+            other => panic!("{other:?} was never asked for"),
+        };
+        let offsets: Vec<usize> =
+            ranges.iter().flat_map(|range| range.first..=range.last).map(|o| o as usize).collect();
+        let held = |at: &At| matches!(at, At::Held(_, of) if *of == handle);
+        // What an accept of this kind settled before is answered as success.
+        let fine = |at: &At| held(at) || (verb && *at == At::Settled);
+        if !offsets.iter().all(|offset| fine(&self.messages[*offset])) {
+            return Err(Error::refused(Reason::InvalidHandle, "not held"));
+        }
+        for offset in offsets {
+            let At::Held(attempt, _) = self.messages[offset] else { continue };
+            self.messages[offset] = if verb { At::Settled } else { At::Ready(attempt + 1) };
+        }
+        Ok(())
     }
 
-    fn apply(&mut self, step: Step) {
-        match step {
-            Step::Deliver => self.deliver(),
-            Step::Accept { pick, up_to } => {
-                if self.held.is_empty() {
+    fn reopen(&mut self, deny: u8) {
+        self.breaks += 1;
+        self.wire.clear();
+        let unseen: Vec<_> = self.unseen.drain(..).map(|(offset, _, _)| (offset, offset)).collect();
+        self.settles.on_broken(&unseen);
+        let claims = self.settles.claims(usize::MAX);
+        self.stream += 1;
+        let mut granted: BTreeMap<Bytes, Vec<OffsetRange>> = BTreeMap::new();
+        let mut kept = BTreeSet::new();
+        for claim in claims {
+            for offset in claim.ranges.iter().flat_map(|range| range.first..=range.last) {
+                let at = &mut self.messages[offset as usize];
+                let At::Held(attempt, of) = at.clone() else { continue };
+                if of != claim.handle || (offset + u64::from(deny)).is_multiple_of(7) {
+                    continue;
+                }
+                let new = handle(self.stream, attempt);
+                *at = At::Held(attempt, new.clone());
+                kept.insert(offset);
+                granted.entry(new).or_default().push(OffsetRange { first: offset, last: offset });
+            }
+        }
+        for (offset, at) in (0u64..).zip(&mut self.messages) {
+            if let (At::Held(attempt, _), false) = (at.clone(), kept.contains(&offset)) {
+                *at = At::Ready(attempt); // unchanged (L4)
+            }
+        }
+        let granted: Vec<Claim> =
+            granted.into_iter().map(|(handle, ranges)| Claim { handle, ranges }).collect();
+        let next = self.mark_delete_next();
+        self.settles.on_opened(next, &granted, Instant::now()).expect("all of it was claimed");
+    }
+
+    fn apply(&mut self, step: &Step) {
+        match *step {
+            Step::Deliver { pick, count } => self.deliver(pick, count),
+            Step::See => {
+                if !self.unseen.is_empty() {
+                    let (offset, key, attempt) = self.unseen.remove(0);
+                    self.held.push(Held { offset, key, attempt, asked: None });
+                }
+            }
+            Step::Ask { pick, release } => {
+                let mut free = self.held.iter_mut().filter(|held| held.asked.is_none());
+                let count = free.by_ref().count();
+                if count == 0 {
                     return;
                 }
-                let offset = self.held.remove(pick % self.held.len());
-                if up_to {
-                    self.held.retain(|held| *held > offset);
-                }
-                // With up-to everything below is accepted too.
-                let covered = if up_to { 0..=offset } else { offset..=offset };
-                self.accepted.extend(covered);
-                let answer = request(&mut self.settles, offset, up_to);
-                self.answers.entry(offset).or_default().push(answer);
+                let mut free = self.held.iter_mut().filter(|held| held.asked.is_none());
+                let held = free.nth(pick % count).expect("counted");
+                let wish = if release { RELEASE } else { ACCEPT };
+                let answer = ask(&mut self.settles, held.offset, held.key, wish.clone());
+                held.asked = Some((wish, answer));
             }
             Step::Send => self.wire.extend(self.settles.frame()),
             Step::Apply { answered } => {
@@ -130,69 +207,101 @@ impl World {
                     return;
                 }
                 let settle = self.wire.remove(0);
-                self.cursor.apply(&settle, self.settles.stream());
-                if answered {
-                    self.settles.on_settled(settle.token, self.cursor.next());
-                } else {
-                    self.reopen();
+                let result = self.server(&settle);
+                let now = Instant::now();
+                match (answered, result) {
+                    (true, Ok(())) => {
+                        self.settles.on_settled(settle.token, self.mark_delete_next(), now);
+                    }
+                    (true, Err(error)) => self.settles.on_refused(settle.token, &error, now),
+                    (false, _) => self.reopen(3),
                 }
             }
-            Step::Break => self.reopen(),
-        }
-        for (offset, answers) in &mut self.answers {
-            answers.retain_mut(|answer| match answer.try_recv() {
-                Ok(Ok(())) => {
-                    assert!(
-                        self.cursor.acked.contains(offset),
-                        "{offset} was confirmed before it was durable (C3)"
-                    );
-                    false
+            Step::Revoke { pick } => {
+                let held: Vec<u64> = (0..self.messages.len() as u64)
+                    .filter(|offset| matches!(self.messages[*offset as usize], At::Held(..)))
+                    .collect();
+                if held.is_empty() {
+                    return;
                 }
-                Ok(Err(error)) => panic!("{offset} failed: {error}"),
-                Err(TryRecvError::Empty) => true,
-                Err(TryRecvError::Closed) => panic!("{offset} was forgotten"),
-            });
+                let offset = held[pick % held.len()];
+                let At::Held(attempt, handle) = self.messages[offset as usize].clone() else {
+                    return;
+                };
+                self.messages[offset as usize] = At::Ready(attempt + 1);
+                let ranges = [OffsetRange { first: offset, last: offset }];
+                let (revoked, _) = self.settles.on_revoked(&ranges, &handle);
+                for (first, last) in revoked {
+                    self.unseen.retain(|(offset, ..)| !(first..=last).contains(offset));
+                }
+            }
+            Step::Break { deny } => self.reopen(deny),
         }
+        self.check();
+    }
+
+    fn check(&mut self) {
+        let (messages, breaks) = (&self.messages, self.breaks);
+        self.held.retain_mut(|held| {
+            let Some((asked, answer)) = &mut held.asked else { return true };
+            let at = &messages[held.offset as usize];
+            match answer.try_recv() {
+                Ok(Ok(())) if *asked == ACCEPT => {
+                    assert_eq!(*at, At::Settled, "confirmed before it was durable (C3)");
+                }
+                Ok(Ok(())) => {
+                    let ended = match at {
+                        At::Ready(attempt) | At::Held(attempt, _) => *attempt > held.attempt,
+                        At::Settled => true,
+                    };
+                    assert!(
+                        ended,
+                        "a release was confirmed that did not end attempt {}: {at:?}",
+                        held.attempt
+                    );
+                }
+                Ok(Err(Error::NotHeld(_))) => {}
+                Ok(Err(Error::Indeterminate(_))) => assert!(breaks > 0, "nothing was lost"),
+                Ok(Err(error)) => panic!("{error}"),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Closed) => panic!("{} was forgotten", held.offset),
+            }
+            false
+        });
     }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    #![proptest_config(ProptestConfig::with_cases(384))]
 
     #[test]
-    fn every_accept_is_confirmed_once_durable_and_its_message_never_handed_out_again(
-        steps in prop::collection::vec(step(), 1..300),
+    fn every_wish_is_answered_once_it_is_done_and_both_sides_agree_on_what_is_held(
+        steps in prop::collection::vec(step(), 1..200),
     ) {
-        let mut world = World {
-            settles: Settles::default(),
-            cursor: Cursor::default(),
-            wire: Vec::new(),
-            held: Vec::new(),
-            accepted: BTreeSet::new(),
-            answers: BTreeMap::new(),
-        };
-        world.settles.on_opened(0);
-        for step in steps {
+        let mut world = World::new();
+        for step in &steps {
             world.apply(step);
         }
-        for _ in 0..350 {
-            for step in [Step::Deliver, Step::Send, Step::Apply { answered: true }] {
-                world.apply(step);
-            }
+        for _ in 0..200 {
+            world.apply(&Step::Send);
+            world.apply(&Step::Apply { answered: true });
         }
         prop_assert!(world.settles.is_empty() && world.settles.in_flight() == 0);
-        prop_assert!(world.answers.values().all(Vec::is_empty), "every accept was answered");
-        prop_assert!(world.accepted.is_subset(&world.cursor.acked));
+        prop_assert!(world.held.iter().all(|held| held.asked.is_none()), "every wish was answered");
+        for (offset, at) in (0u64..).zip(&world.messages) {
+            let run = world.settles.holds.get(offset).map(|run| run.handle.clone());
+            let held = if let At::Held(_, handle) = at { Some(handle.clone()) } else { None };
+            prop_assert_eq!(run, held, "{}", offset);
+        }
     }
 }
 
 #[test]
 fn neighbours_travel_as_one_range_and_a_refusal_reaches_all_of_them() {
-    let mut settles = Settles::default();
-    settles.on_opened(0);
-    settles.on_delivered(0, 10, &handle(1));
+    let (mut settles, now) = (Settles::default(), Instant::now());
+    let key = settles.on_delivered(&[(0, 9)], &handle(1, 1), Duration::ZERO, now);
     let mut answers: Vec<_> =
-        [4, 2, 3, 9].map(|offset| request(&mut settles, offset, false)).into();
+        [4, 2, 3, 9].map(|offset| ask(&mut settles, offset, key, ACCEPT)).into();
     let frame = settles.frame().expect("something waits");
     let Some(Verb::Accept(accept)) = frame.verb else { panic!("an accept") };
     assert_eq!(
@@ -200,20 +309,44 @@ fn neighbours_travel_as_one_range_and_a_refusal_reaches_all_of_them() {
         [OffsetRange { first: 2, last: 4 }, OffsetRange { first: 9, last: 9 }]
     );
     assert!(settles.frame().is_none(), "it is in flight");
-    let error = Error::Closed;
-    settles.on_refused(frame.token, &error, true);
+    settles.on_refused(frame.token, &Error::refused(Reason::Busy, "not now"), now);
     let again = settles.frame().expect("tried again");
-    settles.on_refused(again.token, &error, false);
+    let never = Error::refused(Reason::PermissionDenied, "never");
+    settles.on_refused(again.token, &never, now);
     for answer in &mut answers {
-        assert_eq!(answer.try_recv().expect("answered"), Err(Error::Closed));
+        assert_eq!(answer.try_recv().expect("answered"), Err(never.clone()));
     }
 }
 
 #[test]
-fn an_accept_that_nobody_confirms_ends_by_its_deadline() {
-    let mut settles = Settles::default();
-    settles.on_opened(0);
-    let mut answer = request(&mut settles, 1, false);
+fn one_message_that_is_not_held_does_not_fail_those_that_went_with_it() {
+    let (mut settles, now) = (Settles::default(), Instant::now());
+    let key = settles.on_delivered(&[(0, 99)], &handle(1, 1), Duration::ZERO, now);
+    let mut answers: Vec<_> =
+        (0..100).map(|offset| ask(&mut settles, offset, key, ACCEPT)).collect();
+    let mut frames = 0;
+    while let Some(frame) = settles.frame() {
+        frames += 1;
+        let Some(Verb::Accept(accept)) = &frame.verb else { panic!("an accept") };
+        if accept.ranges.iter().any(|range| (range.first..=range.last).contains(&37)) {
+            settles.on_refused(frame.token, &Error::refused(Reason::InvalidHandle, "37"), now);
+        } else {
+            settles.on_settled(frame.token, 0, now);
+        }
+    }
+    for (offset, answer) in answers.iter_mut().enumerate() {
+        let answer = answer.try_recv().expect("answered");
+        assert_eq!(answer.is_ok(), offset != 37, "{offset}: {answer:?}");
+    }
+    assert!(frames < 20, "halves, not one by one: {frames}");
+    assert!(!settles.holds_any());
+}
+
+#[test]
+fn a_wish_that_nobody_confirms_ends_by_its_deadline() {
+    let (mut settles, now) = (Settles::default(), Instant::now());
+    let key = settles.on_delivered(&[(1, 1)], &handle(1, 1), Duration::ZERO, now);
+    let mut answer = ask(&mut settles, 1, key, ACCEPT);
     settles.expire(Instant::now());
     assert!(answer.try_recv().is_err(), "not yet");
     settles.expire(Instant::now() + Duration::from_secs(61));
@@ -221,48 +354,126 @@ fn an_accept_that_nobody_confirms_ends_by_its_deadline() {
 }
 
 #[test]
-fn an_accept_that_comes_after_its_message_was_delivered_again_is_presented_with_the_new_handle() {
-    let mut settles = Settles::default();
-    settles.on_opened(0);
-    settles.on_delivered(0, 10, &handle(1));
-    settles.on_opened(0); // it broke, and the application was still at work on 5
-    settles.on_delivered(0, 10, &handle(2));
-    for up_to in [false, true] {
-        let _answer = request(&mut settles, 5, up_to);
-        let frame = settles.frame().expect("presented, not waited for in vain");
-        let presented = match frame.verb.expect("a verb") {
-            Verb::Accept(accept) => accept.handle,
-            Verb::AcceptUpTo(up_to) => up_to.handle,
-        };
-        assert_eq!(presented, handle(2));
-    }
+fn a_message_is_settled_in_one_way_and_only_for_the_delivery_that_is_meant() {
+    let (mut settles, now) = (Settles::default(), Instant::now());
+    let first = settles.on_delivered(&[(5, 5)], &handle(1, 1), Duration::ZERO, now);
+    let mut released = ask(&mut settles, 5, first, RELEASE);
+    let mut accepted = ask(&mut settles, 5, first, ACCEPT);
+    assert!(matches!(accepted.try_recv(), Ok(Err(Error::NotHeld(_)))), "it is being released");
+    settles.frame().expect("the release");
+    let second = settles.on_delivered(&[(5, 5)], &handle(1, 2), Duration::ZERO, now);
+    assert_eq!(released.try_recv().expect("it comes again: done"), Ok(()));
+    let mut stale = ask(&mut settles, 5, first, ACCEPT);
+    assert!(matches!(stale.try_recv(), Ok(Err(Error::NotHeld(_)))));
+    let mut answer = ask(&mut settles, 5, second, ACCEPT);
+    let frame = settles.frame().expect("an accept");
+    let Some(Verb::Accept(accept)) = frame.verb else { panic!("an accept") };
+    assert_eq!(accept.handle, handle(1, 2));
+    settles.on_settled(frame.token, 0, now);
+    assert_eq!(answer.try_recv().expect("answered"), Ok(()));
 }
 
 #[test]
-fn an_accept_of_what_the_new_stream_went_past_is_confirmed_at_once() {
-    let mut settles = Settles::default();
-    settles.on_opened(0);
-    settles.on_delivered(0, 10, &handle(1));
-    settles.on_opened(3);
-    settles.on_delivered(3, 5, &handle(2));
-    settles.on_delivered(7, 10, &handle(2));
-    for settled in [0, 2, 5, 6] {
-        assert_eq!(
-            request(&mut settles, settled, false).try_recv().expect("answered"),
-            Ok(()),
-            "{settled}"
-        );
+fn each_verb_and_each_delay_has_frames_of_its_own() {
+    let (mut settles, now) = (Settles::default(), Instant::now());
+    let key = settles.on_delivered(&[(0, 9)], &handle(1, 1), Duration::from_secs(9), now);
+    let delayed = |delay_ms| Ask::Release { delay_ms: Some(delay_ms), counts: false };
+    let wishes = [
+        ACCEPT,
+        RELEASE,
+        delayed(5),
+        delayed(5),
+        delayed(6),
+        Ask::Reject("bad".into()),
+        Ask::Extend(7),
+    ];
+    let _answers: Vec<_> =
+        (0..).zip(wishes).map(|(offset, wish)| ask(&mut settles, offset, key, wish)).collect();
+    let mut verbs = Vec::new();
+    while let Some(frame) = settles.frame() {
+        verbs.push(match frame.verb.expect("a verb") {
+            Verb::Accept(accept) => format!("accept {}", accept.ranges.len()),
+            Verb::Release(it) => {
+                let (first, last) = (it.ranges[0].first, it.ranges[0].last);
+                format!("release {first}-{last} {:?} {}", it.delay_ms, it.counts)
+            }
+            Verb::Reject(it) => format!("reject {}", it.reason),
+            Verb::Extend(it) => format!("extend {}", it.lease_ms),
+            Verb::AcceptUpTo(_) => "up to".into(),
+        });
     }
-    assert_eq!(request(&mut settles, 2, true).try_recv().expect("answered"), Ok(()));
-    assert!(settles.is_empty());
-    let mut later = request(&mut settles, 12, false);
-    assert!(
-        settles.frame().is_none() && later.try_recv().is_err(),
-        "not delivered on this stream yet"
+    assert_eq!(
+        verbs,
+        [
+            "accept 1",
+            "release 1-1 None true",
+            "release 2-3 Some(5) false",
+            "release 4-4 Some(6) false",
+            "reject bad",
+            "extend 7"
+        ]
     );
-    settles.on_delivered(10, 13, &handle(3));
-    let Some(Verb::Accept(accept)) = settles.frame().expect("revived").verb else {
-        panic!("an accept")
+}
+
+#[test]
+fn accept_up_to_covers_what_lies_below_and_is_presented_with_a_handle_that_is_held() {
+    let (mut settles, now) = (Settles::default(), Instant::now());
+    settles.on_delivered(&[(0, 9)], &handle(1, 1), Duration::ZERO, now);
+    let mut answers = [3, 7, 7].map(|offset| ask(&mut settles, offset, 0, Ask::AcceptUpTo));
+    let frame = settles.frame().expect("the highest");
+    let Some(Verb::AcceptUpTo(up_to)) = frame.verb else { panic!("up to") };
+    assert_eq!((up_to.offset, up_to.handle), (7, handle(1, 1)));
+    assert!(settles.frame().is_none(), "it covers the others");
+    settles.on_settled(frame.token, 8, now);
+    for answer in &mut answers {
+        assert_eq!(answer.try_recv().expect("answered"), Ok(()));
+    }
+    let mut again = ask(&mut settles, 7, 0, Ask::AcceptUpTo);
+    assert_eq!(again.try_recv().expect("settled already"), Ok(()));
+    settles.on_broken(&[(9, 9)]);
+    assert_eq!(settles.claims(usize::MAX)[0].ranges, [OffsetRange { first: 8, last: 8 }]);
+    let mut waits = ask(&mut settles, 8, 0, Ask::AcceptUpTo);
+    let granted = Claim { handle: handle(2, 1), ranges: vec![OffsetRange { first: 8, last: 8 }] };
+    settles.on_opened(8, &[granted], now).expect("it was claimed");
+    let Some(Verb::AcceptUpTo(up_to)) = settles.frame().expect("again").verb else {
+        panic!("up to")
     };
-    assert_eq!((accept.ranges[0], accept.handle), (OffsetRange { first: 12, last: 12 }, handle(3)));
+    assert_eq!((up_to.offset, up_to.handle), (8, handle(2, 1)));
+    assert!(waits.try_recv().is_err());
+}
+
+#[test]
+fn what_is_not_granted_after_a_break_is_not_held_any_more() {
+    let (mut settles, now) = (Settles::default(), Instant::now());
+    let key = settles.on_delivered(&[(0, 9)], &handle(1, 1), Duration::ZERO, now);
+    let mut sent = ask(&mut settles, 1, key, ACCEPT);
+    settles.frame().expect("sent");
+    let mut released = ask(&mut settles, 2, key, RELEASE);
+    settles.on_broken(&[(5, 9)]);
+    settles.on_opened(0, &[], now).expect("nothing is granted");
+    assert!(matches!(released.try_recv(), Ok(Err(Error::NotHeld(_)))), "never sent");
+    let frame = settles.frame().expect("the server may have taken it before the break");
+    let Some(Verb::Accept(accept)) = &frame.verb else { panic!("an accept") };
+    assert_eq!(accept.handle, handle(1, 1));
+    settles.on_refused(frame.token, &Error::refused(Reason::InvalidHandle, "old"), now);
+    assert!(matches!(sent.try_recv(), Ok(Err(Error::Indeterminate(_)))));
+    let mut late = ask(&mut settles, 3, key, ACCEPT);
+    assert!(matches!(late.try_recv(), Ok(Err(Error::NotHeld(_)))));
+}
+
+#[test]
+fn leases_are_kept_by_frames_that_no_application_waits_for() {
+    let (mut settles, now) = (Settles::default(), Instant::now());
+    let key = settles.on_delivered(&[(0, 9)], &handle(1, 1), Duration::from_secs(8), now);
+    assert!(settles.renewal(now, Duration::ZERO).is_none());
+    let half = now + Duration::from_secs(4);
+    let frame = settles.renewal(half, Duration::ZERO).expect("half of it is over");
+    let Some(Verb::Extend(extend)) = &frame.verb else { panic!("an extension") };
+    assert_eq!((extend.ranges[0].last, extend.lease_ms), (9, 0));
+    assert_eq!(settles.in_flight(), 0, "settles do not wait for it");
+    settles.on_refused(frame.token, &Error::refused(Reason::Busy, "later"), half);
+    assert!(settles.renewal(half + Duration::from_secs(1), Duration::ZERO).is_some(), "again");
+    let _asked = ask(&mut settles, 4, key, Ask::Extend(u64::MAX));
+    let frame = settles.frame().expect("asked for");
+    settles.on_settled(frame.token, 0, half); // no clock overflows
 }

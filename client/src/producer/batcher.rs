@@ -69,9 +69,25 @@ impl Waiters {
     }
 }
 
+/// What a message asks of its place; such a message is a batch of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Asks {
+    /// Stored only if it gets this offset.
+    pub(crate) expected_offset: Option<u64>,
+    /// Its sequence; above all before it.
+    pub(crate) sequence: Option<u64>,
+}
+
+impl Asks {
+    fn alone(self) -> bool {
+        self != Self::default()
+    }
+}
+
 /// One message on its way to a batch.
 #[derive(Debug)]
 pub(crate) struct Queued {
+    pub(crate) asks: Asks,
     pub(crate) message: Message,
     /// Of the encoded record, bytes.
     pub(crate) size: usize,
@@ -95,6 +111,10 @@ pub(crate) struct Cut {
     pub(crate) hashes: Vec<u32>,
     /// Parallel to `hashes`; empty if no record has a key.
     pub(crate) has_key: Vec<bool>,
+    /// Parallel to `hashes`; empty if no record waits for a time.
+    pub(crate) deliver_at_ms: Vec<u64>,
+    /// Of the only message of this batch.
+    pub(crate) asks: Asks,
     /// The earliest of its messages.
     pub(crate) deadline: Instant,
     /// The first message's place among all that ever came.
@@ -125,10 +145,23 @@ struct Open {
     hashes: Vec<u32>,
     has_key: Vec<bool>,
     any_key: bool,
+    /// Empty until a message names a time; then parallel to `hashes`.
+    deliver_at_ms: Vec<u64>,
+    asks: Asks,
     number: u64,
     deadline: Instant,
     waiters: Waiters,
     trace: Option<TraceContext>,
+}
+
+impl Open {
+    /// The time before which the message that came last is not delivered; 0 on the wire: at once.
+    fn put_time(&mut self, time: Option<u64>) {
+        if time.is_some_and(|time| time > 0) || !self.deliver_at_ms.is_empty() {
+            self.deliver_at_ms.resize(self.hashes.len() - 1, 0);
+            self.deliver_at_ms.push(time.unwrap_or_default());
+        }
+    }
 }
 
 impl Batcher {
@@ -145,8 +178,8 @@ impl Batcher {
 
     /// Takes a message, in order.
     pub(crate) fn push(&mut self, queued: Queued, now: Instant) {
-        let Queued { message, size, hash, deadline, answer, permit } = queued;
-        if self.buffer.len() + size > self.settings.bytes_max {
+        let Queued { asks, message, size, hash, deadline, answer, permit } = queued;
+        if self.buffer.len() + size > self.settings.bytes_max || asks.alone() {
             self.close();
         }
         let has_key = message.key.is_some();
@@ -166,6 +199,8 @@ impl Batcher {
                 self.buffer.reserve(bytes.max(size));
                 let mut open = Open {
                     since: now,
+                    deliver_at_ms: Vec::new(),
+                    asks,
                     hashes: Vec::with_capacity(messages),
                     has_key: Vec::with_capacity(messages),
                     any_key: has_key,
@@ -182,8 +217,13 @@ impl Batcher {
         }
         self.count += 1;
         put_record(&mut self.buffer, &message);
-        let messages = self.open.as_ref().map_or(0, |open| open.waiters.len());
-        if messages >= self.settings.messages_max || self.buffer.len() >= self.settings.bytes_max {
+        let messages = self.open.as_mut().map_or(0, |open| {
+            open.put_time(message.deliver_at_ms);
+            open.waiters.len()
+        });
+        let full =
+            messages >= self.settings.messages_max || self.buffer.len() >= self.settings.bytes_max;
+        if full || asks.alone() {
             self.close();
         }
     }
@@ -195,6 +235,8 @@ impl Batcher {
             records: self.buffer.split().freeze(),
             hashes: open.hashes,
             has_key: if open.any_key { open.has_key } else { Vec::new() },
+            deliver_at_ms: open.deliver_at_ms,
+            asks: open.asks,
             deadline: open.deadline,
             number: open.number,
             waiters: open.waiters,
@@ -292,7 +334,8 @@ mod tests {
         let size = record_len(&message);
         let permit = budget.try_acquire(10).expect("free");
         let deadline = now + Duration::from_secs(60);
-        Queued { message, size, hash: 7, deadline, answer: oneshot::channel().0, permit }
+        let (asks, answer) = (Asks::default(), oneshot::channel().0);
+        Queued { asks, message, size, hash: 7, deadline, answer, permit }
     }
 
     fn settings(bytes_max: usize, messages_max: usize) -> Batching {
@@ -354,6 +397,41 @@ mod tests {
         batcher.push(queued(vec![2], false, now), now);
         assert!(batcher.cut(now, true, false).is_some(), "nothing is in flight");
         assert!(batcher.cut(now, true, true).is_none() && batcher.is_empty());
+    }
+
+    #[test]
+    fn the_times_of_a_batch_run_parallel_to_its_messages_and_are_left_out_where_none_has_one() {
+        let now = Instant::now();
+        let budget = ByteBudget::new(1_000);
+        let mut batcher = Batcher::new(settings(1_000, 100));
+        let mut cut = |times: &[Option<u64>]| {
+            for time in times {
+                let mut queued = queued_of(&budget, vec![1], false, now);
+                queued.message.deliver_at_ms = *time;
+                batcher.push(queued, now);
+            }
+            batcher.cut(now, true, false).expect("one batch").deliver_at_ms
+        };
+        assert!(cut(&[None, None, Some(0)]).is_empty());
+        assert_eq!(cut(&[None, None, Some(7), None, Some(9)]), [0, 0, 7, 0, 9]);
+        assert_eq!(cut(&[Some(3)]), [3]);
+    }
+
+    #[test]
+    fn a_message_that_asks_for_its_place_goes_alone() {
+        let now = Instant::now();
+        let budget = ByteBudget::new(1_000);
+        let mut batcher = Batcher::new(settings(1_000, 100));
+        for expected_offset in [None, None, Some(5), Some(6), None] {
+            let mut queued = queued_of(&budget, vec![1], false, now);
+            queued.asks.expected_offset = expected_offset;
+            batcher.push(queued, now);
+        }
+        let mut cuts = Vec::new();
+        while let Some(cut) = batcher.cut(now, true, true) {
+            cuts.push((cut.waiters.len(), cut.asks.expected_offset));
+        }
+        assert_eq!(cuts, [(2, None), (1, Some(5)), (1, Some(6)), (1, None)]);
     }
 
     #[test]

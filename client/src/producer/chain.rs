@@ -32,6 +32,8 @@ pub(crate) struct Link<T> {
 pub(crate) struct Chain<T> {
     /// The highest sequence known to stand before the first link.
     base: u64,
+    /// What the last open said to be stored.
+    persisted: u64,
     /// The highest sequence ever given to a batch; unknown until the first open is answered.
     last: Option<u64>,
     links: VecDeque<Link<T>>,
@@ -40,6 +42,17 @@ pub(crate) struct Chain<T> {
     refused: bool,
     /// In flight, but given up by the caller: their answers are awaited too.
     abandoned: Vec<u64>,
+}
+
+/// What became of a batch that has its sequence.
+#[derive(Debug)]
+pub(crate) enum Placed<T> {
+    /// It stands in the chain.
+    Waits,
+    /// The server has had it before this stream was opened.
+    Stored(T),
+    /// A higher one was given out.
+    Behind(T),
 }
 
 /// What to do with a refused batch.
@@ -63,6 +76,7 @@ impl<T> Default for Chain<T> {
     fn default() -> Self {
         Self {
             base: 0,
+            persisted: 0,
             last: None,
             links: VecDeque::new(),
             in_flight: 0,
@@ -78,6 +92,7 @@ impl<T> Chain<T> {
         self.on_broken();
         let stored = self.links.partition_point(|link| link.hi <= persisted);
         self.base = persisted;
+        self.persisted = persisted;
         self.last = Some(self.last.unwrap_or_default().max(persisted));
         self.links.drain(..stored).collect()
     }
@@ -108,6 +123,24 @@ impl<T> Chain<T> {
     pub(crate) fn drain(&mut self) -> Vec<Link<T>> {
         self.on_broken();
         std::mem::take(&mut self.links).into()
+    }
+
+    /// Appends a batch of one message that has its sequence. None where the server has it already, or where it is not above
+    /// all before it: it is not sent then, and `stored` tells which.
+    ///
+    /// # Panics
+    /// Before the first open was answered.
+    pub(crate) fn push_at(&mut self, sequence: u64, deadline: Instant, content: T) -> Placed<T> {
+        let before = self.last.expect("a stream was opened before batches are cut");
+        if sequence <= self.persisted {
+            return Placed::Stored(content);
+        }
+        if sequence <= before {
+            return Placed::Behind(content);
+        }
+        self.last = Some(sequence - 1);
+        self.push(1, deadline, content);
+        Placed::Waits
     }
 
     /// Appends a batch of `count` messages. Only after the first open was answered: a named producer goes on where it

@@ -21,6 +21,7 @@ use std::{
 use geminga_proto::{
     names::{ProducerName, TopicName},
     reason::Reason,
+    v1::AccessMode,
 };
 use geminga_runtime::{
     budget::ByteBudget,
@@ -39,7 +40,7 @@ use tokio::{
 
 pub use self::batcher::Batching;
 use self::{
-    batcher::Queued,
+    batcher::{Asks, Queued},
     segment_stream::{Command, SegmentStream, Settings},
 };
 use crate::{
@@ -71,6 +72,29 @@ pub struct ProducerBuilder {
     message_timeout: Duration,
     create_topic: bool,
     trace_ratio: f64,
+    access: Access,
+}
+
+/// Who may publish to the topic's segments beside this producer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Access {
+    /// Anybody.
+    #[default]
+    Shared,
+    /// Nobody: refused while another producer is there, and others are refused while this one is.
+    Exclusive,
+    /// As exclusive, but the producers that are there are fenced: they end with an error. Needs a name.
+    ExclusiveWithFencing,
+}
+
+impl Access {
+    fn on_the_wire(self) -> AccessMode {
+        match self {
+            Self::Shared => AccessMode::Shared,
+            Self::Exclusive => AccessMode::Exclusive,
+            Self::ExclusiveWithFencing => AccessMode::ExclusiveWithFencing,
+        }
+    }
 }
 
 impl ProducerBuilder {
@@ -86,6 +110,7 @@ impl ProducerBuilder {
             message_timeout: Duration::from_secs(60),
             create_topic: true,
             trace_ratio: 0.0,
+            access: Access::default(),
         }
     }
 
@@ -132,6 +157,13 @@ impl ProducerBuilder {
         self
     }
 
+    /// Who else may publish to a segment from the first message that this producer sends there. Default anybody.
+    #[must_use]
+    pub fn access(mut self, access: Access) -> Self {
+        self.access = access;
+        self
+    }
+
     /// Whether a missing topic is created where its namespace allows it. Default yes.
     #[must_use]
     pub fn create_topic(mut self, create: bool) -> Self {
@@ -154,6 +186,10 @@ impl ProducerBuilder {
     pub async fn build(self) -> Result<Producer, Error> {
         let topic = topic_name(&self.topic)?;
         let name = self.name.as_deref().map(ProducerName::parse).transpose()?;
+        if self.access == Access::ExclusiveWithFencing && name.is_none() {
+            let words = "exclusive access with fencing needs a producer name";
+            return Err(Error::refused(Reason::InvalidRequest, words));
+        }
         let parts = self.parts;
         let deadline = Instant::now() + parts.open_timeout;
         let layout = LayoutWatch::start(
@@ -184,6 +220,7 @@ impl ProducerBuilder {
                 name,
                 message_timeout: self.message_timeout,
                 first_stream,
+                access: self.access.on_the_wire(),
             },
             trace_ratio: self.trace_ratio,
             topic,
@@ -249,7 +286,40 @@ impl Producer {
     /// # Errors
     /// `MESSAGE_TOO_LARGE` past 5 MiB of key, value, headers and their framing; `SEGMENT_NOT_FOUND` if no segment takes it;
     /// not sent, if there was no room within the message timeout; closed.
-    pub async fn send(&self, mut message: Message) -> Result<Pending, Error> {
+    pub async fn send(&self, message: Message) -> Result<Pending, Error> {
+        self.send_as(message, Asks::default(), None).await
+    }
+
+    /// As [`Self::send`], but the message is stored only if it gets this offset in its segment: a conditional append. Else
+    /// it is refused, and the refusal says which offset it would have got. It goes as a batch of its own.
+    ///
+    /// Offsets count per segment: let messages of one key, or [`Routing::Segment`], choose it.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub async fn send_expecting(&self, message: Message, offset: u64) -> Result<Pending, Error> {
+        let asks = Asks { expected_offset: Some(offset), ..Asks::default() };
+        self.send_as(message, asks, None).await
+    }
+
+    /// A message with a sequence and a hash of its own: it is stored once per name, segment and sequence, over restarts
+    /// too (TX8).
+    pub(crate) async fn send_at(
+        &self,
+        message: Message,
+        sequence: u64,
+        hash: u32,
+    ) -> Result<Pending, Error> {
+        let asks = Asks { sequence: Some(sequence), ..Asks::default() };
+        self.send_as(message, asks, Some(hash)).await
+    }
+
+    async fn send_as(
+        &self,
+        mut message: Message,
+        asks: Asks,
+        hash: Option<u32>,
+    ) -> Result<Pending, Error> {
         let inner = &*self.0;
         let mut now = Instant::now();
         let deadline = now + inner.settings.message_timeout;
@@ -273,8 +343,8 @@ impl Producer {
             }
         };
         let (answer, pending) = oneshot::channel();
-        let queued = Queued { message, size, hash: 0, deadline, answer, permit };
-        if let Some((lane, queued)) = self.queue(queued, now)? {
+        let queued = Queued { asks, message, size, hash: 0, deadline, answer, permit };
+        if let Some((lane, queued)) = self.queue(queued, hash, now)? {
             let sent =
                 timeout_at(deadline, lane.send(Command::Send(queued))).await.map_err(late)?;
             sent.map_err(|_| Error::Closed)?;
@@ -336,6 +406,7 @@ impl Producer {
     fn queue(
         &self,
         mut queued: Queued,
+        hash: Option<u32>,
         now: Instant,
     ) -> Result<Option<(mpsc::Sender<Command>, Queued)>, Error> {
         let inner = &*self.0;
@@ -346,8 +417,9 @@ impl Producer {
         }
         let route = inner
             .layout
-            .with(|known| {
-                lanes.router.route(&known.table, queued.message.key.as_deref(), queued.size, now)
+            .with(|known| match hash {
+                Some(hash) => known.table.place(hash),
+                None => lanes.router.route(&known.table, &queued.message, queued.size, now),
             })
             .ok_or_else(|| {
                 Error::refused(

@@ -9,8 +9,9 @@ use geminga_proto::{
     names::{ProducerName, TopicName},
     reason::{Reason, Retry},
     v1::{
-        self, BatchRefused, Codec, DurabilityLevel, OpenPublish, PayloadFormat, PublishFrame,
-        PublishOpened, PublishReply, RecordIndex, publish_frame::Frame, publish_reply::Reply,
+        self, AccessMode, BatchRefused, Codec, DurabilityLevel, OpenPublish, PayloadFormat,
+        PublishFrame, PublishOpened, PublishReply, RecordIndex, publish_frame::Frame,
+        publish_reply::Reply,
     },
 };
 use geminga_runtime::{random::Random, telemetry::TraceContext};
@@ -22,8 +23,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::{
-    batcher::{Batcher, Batching, Cut, Queued, Waiters},
-    chain::{Chain, Link, Refusal},
+    batcher::{Asks, Batcher, Batching, Cut, Queued, Waiters},
+    chain::{Chain, Link, Placed, Refusal},
 };
 use crate::{
     backoff::Backoff,
@@ -55,6 +56,7 @@ pub(super) struct Settings {
     pub(super) name: Option<ProducerName>,
     pub(super) message_timeout: Duration,
     pub(super) first_stream: u64,
+    pub(super) access: AccessMode,
 }
 
 /// What the producer's handles ask for, in order.
@@ -75,6 +77,7 @@ struct Content {
     index: RecordIndex,
     /// The first message's place among all of this stream.
     number: u64,
+    asks: Asks,
     waiters: Waiters,
     trace: Option<TraceContext>,
 }
@@ -93,6 +96,8 @@ pub(super) struct SegmentStream {
     /// Resumes the session.
     resume_token: Bytes,
     stream_number: u64,
+    /// Of a named producer: what the server granted last (DD4), as long as it is sure that no later open of ours was granted.
+    held_epoch: Option<u64>,
     way: Way,
     /// After a refusal that may be repeated: send nothing before.
     hold_until: Option<Instant>,
@@ -198,6 +203,7 @@ impl SegmentStream {
             backoff: Backoff::new(random),
             resume_token: Bytes::new(),
             stream_number: settings.first_stream,
+            held_epoch: None,
             way: Way::default(),
             hold_until: None,
             trouble: None,
@@ -249,7 +255,12 @@ impl SegmentStream {
         match event {
             Event::Retry => self.line = Line::Idle, // connect() opens it if there is work
             Event::Opened(Ok(opened)) => self.on_opened(*opened),
-            Event::Opened(Err(error)) => self.on_broken(error, now),
+            Event::Opened(Err(error)) => {
+                // It may have been granted all the same: then our own later epoch must not count as somebody else's.
+                let refused = error.reason().is_some() && error.retry() == Retry::Safe;
+                self.held_epoch = self.held_epoch.filter(|_| refused);
+                self.on_broken(error, now);
+            }
             Event::Reply(Ok(Some(reply))) => self.on_reply(reply, now),
             Event::Reply(Ok(None)) => {
                 self.on_broken(Error::Unavailable("the server ended the stream".into()), now)
@@ -290,6 +301,7 @@ impl SegmentStream {
             self.settle(stored, None);
         }
         self.resume_token = answer.resume_token;
+        self.held_epoch = Some(answer.producer_epoch).filter(|epoch| *epoch > 0);
         self.line = Line::Open(Box::new(OpenLine {
             frames,
             replies,
@@ -377,7 +389,7 @@ impl SegmentStream {
             fail_link(link, error);
         }
         fail(self.batcher.drain(), error);
-        self.resume_token = Bytes::new();
+        (self.resume_token, self.held_epoch) = (Bytes::new(), None);
         if error.reason() == Some(Reason::ProducerFenced) {
             self.fenced = Some(error.clone());
         }
@@ -462,7 +474,15 @@ impl SegmentStream {
                 let idle = self.chain.nothing_in_flight();
                 let Some(cut) = self.batcher.cut(now, idle, flush) else { return false };
                 let (count, deadline) = (cut.waiters.len() as u64, cut.deadline);
-                self.chain.push(count, deadline, seal(cut, self.settings.compression));
+                let sequence = cut.asks.sequence;
+                let content = seal(cut, self.settings.compression);
+                match sequence {
+                    None => self.chain.push(count, deadline, content),
+                    Some(sequence) => {
+                        place(&mut self.chain, self.segment, sequence, deadline, content)
+                    }
+                }
+                continue;
             }
             let Some(next) = self.chain.sendable() else { return false };
             let bytes = next.content.payload.len();
@@ -492,6 +512,8 @@ impl SegmentStream {
             resume_token: self.resume_token.clone(),
             stream_number: self.stream_number,
             route: route.into(),
+            access: self.settings.access.into(),
+            held_epoch: self.held_epoch,
         };
         self.stream_number += 1;
         let connections = self.connections.clone();
@@ -542,10 +564,36 @@ fn seal(cut: Cut, compression: Compression) -> Content {
         codec,
         payload,
         uncompressed,
-        index: RecordIndex { key_hash: cut.hashes, has_key: cut.has_key },
+        index: RecordIndex {
+            key_hash: cut.hashes,
+            has_key: cut.has_key,
+            deliver_at_ms: cut.deliver_at_ms,
+        },
+        asks: cut.asks,
         number: cut.number,
         waiters: cut.waiters,
         trace: cut.trace,
+    }
+}
+
+/// A batch with a sequence of its own: it waits to be sent, or is answered at once.
+fn place(
+    chain: &mut Chain<Content>,
+    segment: u32,
+    sequence: u64,
+    deadline: Instant,
+    content: Content,
+) {
+    match chain.push_at(sequence, deadline, content) {
+        Placed::Waits => {}
+        Placed::Stored(content) => content.waiters.answer(|_| {
+            let level = Level::Unknown;
+            Ok(Receipt { segment, id: None, level, epoch: 0, duplicate: true })
+        }),
+        Placed::Behind(content) => {
+            let words = format!("sequence {sequence} is not above those before it");
+            fail([content.waiters], &Error::refused(Reason::SequenceConflict, words));
+        }
     }
 }
 
@@ -563,6 +611,7 @@ fn frame(prev: u64, link: &Link<Content>) -> PublishFrame {
             count: content.waiters.len() as u32,
             payload: content.payload.clone(),
             traceparent: content.trace.map(|trace| trace.to_string()).unwrap_or_default(),
+            expected_offset: content.asks.expected_offset,
         })),
     }
 }

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::{StreamExt, future::join_all};
 use geminga_client::{Batching, Message, Reason};
 use geminga_proto::v1::{
-    Batch, Delivery, OffsetRange, RecordBatch, consume_frame::Frame, settle::Verb,
+    Batch, Claim, Delivery, OffsetRange, RecordBatch, consume_frame::Frame, settle::Verb,
 };
 use geminga_runtime::random::Random;
 use parking_lot::Mutex;
@@ -180,6 +180,8 @@ async fn over_breaks_and_refusals_every_message_is_stored_once_and_in_the_order_
 #[derive(Default)]
 struct Cursor {
     settled: BTreeSet<u64>,
+    /// With the consumer, under this handle.
+    held: BTreeMap<u64, String>,
     streams: u64,
 }
 
@@ -187,18 +189,35 @@ impl Cursor {
     fn next(&self) -> u64 {
         (0..).find(|offset| !self.settled.contains(offset)).expect("finite")
     }
+
+    /// What of this the consumer goes on holding, under a new handle; the rest is delivered again (L4).
+    fn claimed(&mut self, claims: &[Claim], handle: &str) -> Vec<Claim> {
+        let before = std::mem::take(&mut self.held);
+        for claim in claims {
+            for offset in claim.ranges.iter().flat_map(|range| range.first..=range.last) {
+                let ours = before.get(&offset).is_some_and(|held| held.as_bytes() == claim.handle);
+                if ours && !self.settled.contains(&offset) {
+                    self.held.insert(offset, handle.to_owned());
+                }
+            }
+        }
+        let ranges = self.held.keys().map(|offset| OffsetRange { first: *offset, last: *offset });
+        vec![Claim { handle: handle.to_owned().into(), ranges: ranges.collect() }]
+    }
 }
 
 async fn serve_consume(mut call: ConsumeCall, cursor: Arc<Mutex<Cursor>>, random: Random) {
     if random.chance(0.2) {
         return call.end(refusal(Reason::SegmentLoading, None)).await;
     }
-    let (mut next, handle) = {
+    let (mut next, handle, granted) = {
         let mut cursor = cursor.lock();
         cursor.streams += 1;
-        (cursor.next(), format!("stream {}", cursor.streams))
+        let handle = format!("stream {}", cursor.streams);
+        let granted = cursor.claimed(&call.open.claims, &handle);
+        (cursor.next(), handle, granted)
     };
-    call.opened(next).await;
+    call.opened_granting(next, granted).await;
     let (mut granted, mut used) = (0, 0);
     loop {
         while used < granted && next < MESSAGES {
@@ -207,10 +226,14 @@ async fn serve_consume(mut call: ConsumeCall, cursor: Arc<Mutex<Cursor>>, random
             }
             let count = (1 + random.below(5)).min(granted - used).min(MESSAGES - next);
             let deliver: Vec<_> = (next..next + count)
-                .filter(|offset| !cursor.lock().settled.contains(offset))
+                .filter(|offset| {
+                    let cursor = cursor.lock();
+                    !cursor.settled.contains(offset) && !cursor.held.contains_key(offset)
+                })
                 .map(|offset| OffsetRange { first: offset, last: offset })
                 .collect();
             used += deliver.len() as u64;
+            cursor.lock().held.extend(deliver.iter().map(|range| (range.first, handle.clone())));
             if !deliver.is_empty() {
                 call.deliver(Delivery { deliver, ..delivery(next, count as u32, &handle) }).await;
             }
@@ -232,13 +255,16 @@ async fn serve_consume(mut call: ConsumeCall, cursor: Arc<Mutex<Cursor>>, random
                     Verb::AcceptUpTo(up_to) => {
                         (vec![OffsetRange { first: 0, last: up_to.offset }], up_to.handle)
                     }
+                    other => panic!("{other:?} was never asked for"),
                 };
-                assert_eq!(presented, handle.as_bytes(), "a handle of this stream");
                 let mark_delete_next = {
                     let mut cursor = cursor.lock();
-                    for range in ranges {
-                        assert!(range.last < next, "only what was delivered on this stream");
-                        cursor.settled.extend(range.first..=range.last);
+                    for offset in ranges.iter().flat_map(|range| range.first..=range.last) {
+                        let held = cursor.held.remove(&offset);
+                        let settled = !cursor.settled.insert(offset);
+                        // What was durable before a break may be presented once more.
+                        let ours = held.is_some_and(|held| held.as_bytes() == presented);
+                        assert!(settled || ours, "{offset} is not held under this handle");
                     }
                     cursor.next()
                 };

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use futures::future::join_all;
-use geminga_client::{Batching, Client, Error, Level, Message, Pending, Producer, Reason, Receipt};
-use geminga_proto::v1::{Batch, Route};
+use geminga_client::{
+    Access, Batching, Client, Error, Level, Message, Pending, Producer, Reason, Receipt,
+};
+use geminga_proto::v1::{AccessMode, Batch, Route};
 
 use crate::server::{PublishCall, Server, jump, refusal, soon};
 
@@ -465,4 +467,64 @@ async fn a_flush_waits_for_what_was_taken_before_it_and_for_nothing_else() {
     call.receipt(&batch, 0).await;
     soon(flush).await.expect("the first is answered");
     stored(first).await;
+}
+
+#[tokio::test]
+async fn a_time_to_deliver_travels_beside_the_payload() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let batching = Batching { linger: Duration::from_secs(60), ..Batching::default() };
+    let producer = client.producer("t").batching(batching).build().await.expect("a layout");
+    let first = producer.send(Message::new("x")).await.expect("taken");
+    let mut call = server.publish_from(0).await;
+    let batch = call.batch().await;
+    assert!(batch.index.as_ref().expect("an index").deliver_at_ms.is_empty());
+    // While one is in flight the others gather.
+    let late = producer.send(Message::new("y").with_deliver_at_ms(77)).await.expect("taken");
+    let plain = producer.send(Message::new("z")).await.expect("taken");
+    call.receipt(&batch, 0).await;
+    let batch = call.batch().await;
+    assert_eq!(batch.index.as_ref().expect("an index").deliver_at_ms, [77, 0]);
+    call.receipt(&batch, 1).await;
+    for pending in [first, late, plain] {
+        stored(pending).await;
+    }
+    let delayed = Message::new("d").with_delay(Duration::from_secs(60));
+    assert!(delayed.deliver_at_ms.is_some_and(|time| time > 1_700_000_000_000));
+}
+
+#[tokio::test]
+async fn a_conditional_append_names_the_offset_and_is_told_what_it_met() {
+    let server = Server::start().await;
+    let producer = producer(&server.client().await).await;
+    let pending = producer.send_expecting(Message::new("x"), 41).await.expect("taken");
+    let mut call = server.publish_from(0).await;
+    let batch = call.batch().await;
+    assert_eq!((batch.expected_offset, batch.count), (Some(41), 1));
+    call.refuse(&batch, Reason::InvalidRequest, 0).await;
+    assert_eq!(soon(pending).await.expect_err("refused").reason(), Some(Reason::InvalidRequest));
+    let next = send(&producer, "y").await;
+    let batch = call.batch().await;
+    assert_eq!(batch.expected_offset, None);
+    call.receipt(&batch, 50).await;
+    stored(next).await;
+}
+
+#[tokio::test]
+async fn the_access_mode_travels_with_the_open_and_fencing_needs_a_name() {
+    let server = Server::start().await;
+    let client = server.client().await;
+    let nameless = client.producer("t").access(Access::ExclusiveWithFencing).build();
+    let refused = soon(nameless).await.expect_err("no name");
+    assert_eq!(refused.reason(), Some(Reason::InvalidRequest));
+    for (access, wire) in [
+        (Access::Shared, AccessMode::Shared),
+        (Access::Exclusive, AccessMode::Exclusive),
+        (Access::ExclusiveWithFencing, AccessMode::ExclusiveWithFencing),
+    ] {
+        let builder = client.producer("t").name("n").access(access);
+        let producer = soon(builder.build()).await.expect("a layout");
+        let _pending = send(&producer, "x").await;
+        assert_eq!(server.publish().await.open.access(), wire);
+    }
 }

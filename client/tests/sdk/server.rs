@@ -8,11 +8,13 @@ use geminga_proto::{
     key_hash::equal_ranges,
     reason::DOMAIN,
     v1::{
-        Batch, BatchRefused, ConsumeFrame, ConsumeOpened, ConsumeReply, Delivery, GoAway, KeyRange,
-        Layout, OffsetRange, OpenConsume, OpenPublish, OwnerHint, PublishCredit, PublishFrame,
-        PublishOpened, PublishReply, PublishRequest, PublishResponse, Receipt, SegmentInfo, Settle,
-        SettleRefused, SettleRequest, SettleResponse, Settled, WatchReply, WatchRequest,
-        consume_frame, consume_reply,
+        Batch, BatchRefused, Claim, ConsumeFrame, ConsumeOpened, ConsumeReply, Delivery,
+        ExplainRequest, ExplainResponse, GoAway, KeyRange, Layout, OffsetRange, OpenConsume,
+        OpenPublish, OwnerHint, PeekRequest, PeekResponse, PublishCredit, PublishFrame,
+        PublishOpened, PublishReply, PublishRequest, PublishResponse, PullRequest, PullResponse,
+        Receipt, Revoked, SeekRequest, SeekResponse, SegmentInfo, Settle, SettleRefused,
+        SettleRequest, SettleResponse, Settled, WatchReply, WatchRequest, consume_frame,
+        consume_reply,
         discovery_server::{Discovery, DiscoveryServer},
         publish_frame, publish_reply,
         publisher_server::{Publisher, PublisherServer},
@@ -22,7 +24,7 @@ use geminga_proto::{
 use geminga_runtime::{random::Random, tasks::Tasks};
 use tokio::{
     net::TcpListener,
-    sync::{Mutex, mpsc},
+    sync::{Mutex, mpsc, oneshot},
 };
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport};
@@ -63,6 +65,7 @@ pub(crate) struct Server {
     publishes: Mutex<mpsc::Receiver<PublishCall>>,
     consumes: Mutex<mpsc::Receiver<ConsumeCall>>,
     watches: Mutex<mpsc::Receiver<Out<WatchReply>>>,
+    calls: Mutex<mpsc::Receiver<Call>>,
     tasks: Tasks,
 }
 
@@ -88,8 +91,9 @@ impl Server {
         let (publishes_in, publishes) = mpsc::channel(64);
         let (consumes_in, consumes) = mpsc::channel(64);
         let (watches_in, watches) = mpsc::channel(64);
-        let script =
-            Script { publishes_in, consumes_in, watches_in, layout: layout(segments, owner) };
+        let (calls_in, calls) = mpsc::channel(64);
+        let layout = layout(segments, owner);
+        let script = Script { publishes_in, consumes_in, watches_in, calls_in, layout };
         let incoming = TcpListenerStream::new(listener).map(|connection| {
             connection.and_then(|connection| connection.set_nodelay(true).map(|()| connection))
         });
@@ -100,9 +104,9 @@ impl Server {
             .serve_with_incoming(incoming);
         let tasks = Tasks::new("scripted server");
         tasks.spawn("serve", async move { serve.await.expect("it serves") });
-        let (publishes, consumes, watches) =
-            (Mutex::new(publishes), Mutex::new(consumes), Mutex::new(watches));
-        Self { address, publishes, consumes, watches, tasks }
+        let (publishes, consumes) = (Mutex::new(publishes), Mutex::new(consumes));
+        let (watches, calls) = (Mutex::new(watches), Mutex::new(calls));
+        Self { address, publishes, consumes, watches, calls, tasks }
     }
 
     pub(crate) async fn client(&self) -> Client {
@@ -146,6 +150,11 @@ impl Server {
         let call = self.consume().await;
         call.opened(mark_delete_next).await;
         call
+    }
+
+    /// The next single call.
+    pub(crate) async fn call(&self) -> Call {
+        soon(async { self.calls.lock().await.recv().await }).await.expect("it listens")
     }
 
     /// The next layout watch, answered already.
@@ -277,8 +286,23 @@ impl ConsumeCall {
     }
 
     pub(crate) async fn opened(&self, mark_delete_next: u64) {
-        let opened = ConsumeOpened { mark_delete_next, ..ConsumeOpened::default() };
+        self.opened_granting(mark_delete_next, Vec::new()).await;
+    }
+
+    pub(crate) async fn opened_granting(&self, mark_delete_next: u64, granted: Vec<Claim>) {
+        self.opened_as(ConsumeOpened { mark_delete_next, granted, ..ConsumeOpened::default() })
+            .await;
+    }
+
+    pub(crate) async fn opened_as(&self, opened: ConsumeOpened) {
         self.reply(consume_reply::Reply::Opened(opened)).await;
+    }
+
+    /// Opened, with all that was claimed under this handle.
+    pub(crate) async fn opened_granting_all(&self, mark_delete_next: u64, handle: &str) {
+        let claims = self.open.claims.clone();
+        let new = |claim| Claim { handle: handle.to_owned().into(), ..claim };
+        self.opened_granting(mark_delete_next, claims.into_iter().map(new).collect()).await;
     }
 
     /// The next frame; none when the client has left.
@@ -323,6 +347,12 @@ impl ConsumeCall {
         .await;
     }
 
+    pub(crate) async fn revoke(&self, first: u64, last: u64, handle: &str) {
+        let ranges = vec![OffsetRange { first, last }];
+        let handle = handle.to_owned().into();
+        self.reply(consume_reply::Reply::Revoked(Revoked { ranges, handle })).await;
+    }
+
     pub(crate) async fn refuse(&self, settle: &Settle, reason: Reason) {
         self.reply(consume_reply::Reply::SettleRefused(SettleRefused {
             token: settle.token,
@@ -360,6 +390,7 @@ struct Script {
     publishes_in: mpsc::Sender<PublishCall>,
     consumes_in: mpsc::Sender<ConsumeCall>,
     watches_in: mpsc::Sender<Out<WatchReply>>,
+    calls_in: mpsc::Sender<Call>,
     layout: WatchReply,
 }
 
@@ -405,8 +436,74 @@ impl Subscriber for Script {
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 
-    async fn settle(&self, _: Request<SettleRequest>) -> Result<Response<SettleResponse>, Status> {
-        Err(Status::unimplemented("the SDK settles in its streams"))
+    async fn settle(
+        &self,
+        request: Request<SettleRequest>,
+    ) -> Result<Response<SettleResponse>, Status> {
+        match self.ask(Asked::Settle(request.into_inner())).await? {
+            Answer::Settle(answer) => Ok(Response::new(answer)),
+            other => panic!("{other:?} is no answer to a settle"),
+        }
+    }
+
+    async fn pull(&self, request: Request<PullRequest>) -> Result<Response<PullResponse>, Status> {
+        match self.ask(Asked::Pull(request.into_inner())).await? {
+            Answer::Pull(answer) => Ok(Response::new(answer)),
+            other => panic!("{other:?} is no answer to a pull"),
+        }
+    }
+
+    async fn seek(&self, request: Request<SeekRequest>) -> Result<Response<SeekResponse>, Status> {
+        match self.ask(Asked::Seek(request.into_inner())).await? {
+            Answer::Seek(answer) => Ok(Response::new(answer)),
+            other => panic!("{other:?} is no answer to a seek"),
+        }
+    }
+
+    async fn explain(
+        &self,
+        request: Request<ExplainRequest>,
+    ) -> Result<Response<ExplainResponse>, Status> {
+        match self.ask(Asked::Explain(request.into_inner())).await? {
+            Answer::Explain(answer) => Ok(Response::new(answer)),
+            other => panic!("{other:?} is no answer to an explain"),
+        }
+    }
+
+    async fn peek(&self, request: Request<PeekRequest>) -> Result<Response<PeekResponse>, Status> {
+        match self.ask(Asked::Peek(request.into_inner())).await? {
+            Answer::Peek(answer) => Ok(Response::new(answer)),
+            other => panic!("{other:?} is no answer to a peek"),
+        }
+    }
+}
+
+/// A single call in the test's hands.
+#[derive(Debug)]
+pub(crate) enum Asked {
+    Settle(SettleRequest),
+    Pull(PullRequest),
+    Seek(SeekRequest),
+    Explain(ExplainRequest),
+    Peek(PeekRequest),
+}
+
+#[derive(Debug)]
+pub(crate) enum Answer {
+    Settle(SettleResponse),
+    Pull(PullResponse),
+    Seek(SeekResponse),
+    Explain(ExplainResponse),
+    Peek(PeekResponse),
+}
+
+pub(crate) type Call = (Asked, oneshot::Sender<Result<Answer, Status>>);
+
+impl Script {
+    async fn ask(&self, asked: Asked) -> Result<Answer, Status> {
+        let (answer, answered) = oneshot::channel();
+        self.calls_in.send((asked, answer)).await.map_err(over)?;
+        answered.await.map_err(over)?
     }
 }
 

@@ -97,12 +97,19 @@ impl Load {
     pub(crate) async fn goes_on(&self, when: &str) {
         let (acknowledged, delivered) =
             (self.acknowledged(), self.delivered.load(Ordering::SeqCst));
-        eventually(&format!("new receipts and deliveries: {when}"), async || {
-            let more = self.acknowledged() > acknowledged + 100
-                && self.delivered.load(Ordering::SeqCst) > delivered + 100;
-            more.then_some(())
-        })
-        .await;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let receipts = self.acknowledged() - acknowledged;
+            let deliveries = self.delivered.load(Ordering::SeqCst) - delivered;
+            if receipts > 100 && deliveries > 100 {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "stuck for {PATIENCE:?}, {receipts} new receipts and {deliveries} deliveries: {when}"
+            );
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     /// Ends the load, waits until every message sent has its outcome and every acknowledged one was delivered, reads the

@@ -64,6 +64,7 @@ impl S3 {
     }
 
     /// Gets every object whole, one after the other: bytes, seconds.
+    #[allow(dead_code, reason = "only the measurements use it")]
     pub(crate) async fn get_all(&self) -> (u64, f64) {
         let store = AmazonS3Builder::new()
             .with_bucket_name("geminga")

@@ -3,12 +3,14 @@
 //! - [`ledger`]: I1, I2, I3, I4, I6, I9 and the legal steps of ledger metadata (MD4)
 //! - [`bookie`]: I7, I8
 //! - [`copies`]: I5, and what auto-recovery may not do (A3, DC1)
+//! - [`dispatch`]: I11 by key, I12 and I14 of what a dispatcher delivers
 //! - [`segment`]: I10..I14, and M2: what a list value says of its ledgers
 //!
 //! Each looks at every event as it comes, so that a violation stands beside its cause in the trace.
 
 mod bookie;
 mod copies;
+mod dispatch;
 mod ledger;
 mod segment;
 #[cfg(test)]
@@ -62,6 +64,7 @@ pub(crate) struct Checks {
     pub(crate) bookies: bookie::BookieChecks,
     pub(crate) copies: copies::CopyChecks,
     pub(crate) segments: segment::SegmentChecks,
+    dispatch: dispatch::DispatchChecks,
     /// Incarnations whose disk was lost or changed behind their back.
     pub(crate) lost: BTreeSet<u32>,
 }
@@ -75,6 +78,7 @@ impl Checks {
         self.ledgers.observe(event)?;
         self.bookies.observe(number, at_us, event)?;
         self.copies.observe(event, &self.ledgers)?;
+        self.dispatch.observe(event)?;
         self.segments.observe(number, event, &self.ledgers)
     }
 }

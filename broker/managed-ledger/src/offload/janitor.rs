@@ -36,6 +36,14 @@ impl ManagedLedgers {
     /// # Errors
     /// [`SweepError`].
     pub async fn sweep_objects(&self, segment: SegmentId) -> Result<usize, SweepError> {
+        self.sweep_at_most(segment, DELETES_MAX).await
+    }
+
+    pub(crate) async fn sweep_at_most(
+        &self,
+        segment: SegmentId,
+        deletes_max: usize,
+    ) -> Result<usize, SweepError> {
         let Some(cold) = self.cold() else { return Ok(0) };
         self.is_confirmed().await.map_err(not_now)?;
         let now = self.parts().clock.now();
@@ -43,11 +51,14 @@ impl ManagedLedgers {
             let age = now.0.saturating_sub(found.modified_ms);
             Duration::from_millis(age) >= AGE_MIN
         };
+        // A hint that spares candidates for what is nobody's; what decides is read after the listing.
+        let named = self.named_uploads(segment).await?;
         let mut candidates = Vec::new();
         let keep = |found: Found| {
             if let Some((_, uuid)) = ObjectId::parse(&found.rest)
                 && old(&found)
-                && candidates.len() < DELETES_MAX
+                && !named.contains(&uuid)
+                && candidates.len() < deletes_max
             {
                 candidates.push((uuid, found.name));
             }

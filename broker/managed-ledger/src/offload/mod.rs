@@ -22,6 +22,6 @@ pub(crate) mod upload;
 pub(crate) mod verify;
 
 pub use janitor::SweepError;
-pub use policy::TierPolicy;
+pub use policy::{BacklogAction, TierPolicy};
 pub use state::{Object, Offload, Stage};
 pub use store::{ColdStorage, ColdStorageConfig, ColdStorageError};

@@ -187,6 +187,7 @@ mod tests {
             delete_lag: Duration::from_millis(lag),
             retention_ms: ms,
             retention_bytes: bytes,
+            ..TierPolicy::default()
         }))
     }
 
@@ -222,7 +223,7 @@ mod tests {
                 prop_assert!(slowest.is_some() || retention, "nobody asked for it");
                 let policy = policy.as_ref().expect("without a policy nothing goes");
                 let bytes: u64 = list.data[n + 1..].iter().map(|l| l.counts.bytes).sum::<u64>() + open_bytes;
-                let old = policy.retention_ms.is_some_and(|ms| gone.counts.last_publish_ms.saturating_add(ms) <= now_ms);
+                let old = policy.retention_ms.is_some_and(|ms| now_ms.saturating_sub(gone.counts.last_publish_ms) >= ms);
                 let much = policy.retention_bytes.is_some_and(|most| bytes >= most);
                 prop_assert!(!retention || old || much, "retention keeps it");
             }

@@ -1,9 +1,9 @@
-//! How long messages are kept, and where. Plain data, set per segment.
+//! How long messages are kept, and where; how many may wait. Plain data, set per segment.
 
 use std::time::Duration;
 
 /// Tiering and retention of a segment. As long as none was set nothing is trimmed, offloaded or deleted: dropping a message
-/// is always somebody's decision.
+/// is always somebody's decision, and nothing expires or is held to a quota.
 ///
 /// Messages that every subscription has settled are *settled*. Without retention a ledger goes once all of it is settled and
 /// there is at least one subscription; without a subscription it stays. With retention a settled ledger is kept while it is
@@ -22,6 +22,26 @@ pub struct TierPolicy {
     pub retention_ms: Option<u64>,
     /// And no more than so many bytes, over both tiers.
     pub retention_bytes: Option<u64>,
+    /// Messages older than this count as settled for every subscription: looked at every 10 s, late rather than early.
+    pub ttl_ms: Option<u64>,
+    /// So many bytes may wait for the slowest subscription, about.
+    pub backlog_quota_bytes: Option<u64>,
+    /// The oldest message that waits may be so old, about.
+    pub backlog_quota_ms: Option<u64>,
+    /// What happens when more waits.
+    pub backlog_action: BacklogAction,
+}
+
+/// What happens when more waits for the slowest subscription than a quota allows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BacklogAction {
+    /// Batches are refused.
+    #[default]
+    Reject,
+    /// Batches are answered late: when there is room again, or after 10 s with a refusal.
+    Hold,
+    /// The slowest subscriptions lose the oldest messages: these count as settled.
+    EvictOldest,
 }
 
 impl Default for TierPolicy {
@@ -33,6 +53,10 @@ impl Default for TierPolicy {
             delete_lag: Duration::from_secs(4 * 3600),
             retention_ms: None,
             retention_bytes: None,
+            ttl_ms: None,
+            backlog_quota_bytes: None,
+            backlog_quota_ms: None,
+            backlog_action: BacklogAction::Reject,
         }
     }
 }

@@ -6,6 +6,7 @@ use futures::{FutureExt, future::BoxFuture};
 use geminga_bookie_client::{LedgerWriter, SealError, Sealed, bookie_rpc::EntryRange};
 use geminga_proto::ids::{EntryId, LedgerId, Offset};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     lane::Phase,
@@ -22,6 +23,8 @@ use crate::{
 
 /// Pause before a list change that did not happen is tried again.
 pub(super) const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// Why a job that reads first did not happen.
+pub(super) const PREEMPTED: &str = "a more urgent change of the list waits";
 
 /// A piece of work beside the loop: at most one at a time (M1).
 pub(super) type Job = BoxFuture<'static, Done>;
@@ -42,6 +45,21 @@ pub(super) enum Done {
 impl Owner {
     pub(super) fn changer(&self) -> Changer {
         Changer { ledgers: self.ledgers.clone(), segment: self.shared.segment }
+    }
+
+    /// Whether something that publishing or settling waits for needs the next list change.
+    pub(super) fn change_is_urgent(&self) -> bool {
+        (self.want.roll_data && self.data.is_open())
+            || (self.want.roll_log && self.log.is_open())
+            || (matches!(self.data.phase, Phase::Idle) && !self.data.is_empty())
+            || (matches!(self.log.phase, Phase::Idle) && self.settles_awaited())
+    }
+
+    /// For a job that reads before it changes the list: it ends early when the change slot is needed.
+    pub(super) fn preemptible(&mut self) -> CancellationToken {
+        self.preempt = CancellationToken::new();
+        self.reads_begun = self.reads_begun.wrapping_add(1);
+        self.preempt.clone()
     }
 
     /// The next list change, most urgent first.
@@ -122,12 +140,17 @@ impl Owner {
     }
 
     /// C4: read the snapshot back, then let the ledgers before it go.
-    fn trim(&self, writer: LedgerWriter, last: EntryId) -> Job {
+    fn trim(&mut self, writer: LedgerWriter, last: EntryId) -> Job {
+        let preempt = self.preemptible();
         let (changer, current) = (self.changer(), self.current.clone());
         let shared = Arc::clone(&self.shared);
         async move {
             let range = EntryRange { first: EntryId(0), last };
-            let entries = shared.view.read_back(&writer, range).await.unwrap_or_default();
+            let read = shared.view.read_back(&writer, range);
+            let Some(read) = preempt.run_until_cancelled(read).await else {
+                return Done::Trimmed(Err(ChangeError::NotNow(PREEMPTED.to_owned())), None);
+            };
+            let entries = read.unwrap_or_default();
             let mut fold = Fold::default();
             let whole = entries.iter().all(|entry| fold.apply(&entry.payload.to_bytes()).is_ok());
             if !whole || fold.complete() == 0 {
@@ -151,7 +174,10 @@ impl Owner {
             Done::Opened(log, Err(error)) => {
                 match log {
                     Log::Data => self.data.phase = Phase::Idle,
-                    Log::Cursor => self.log.phase = Phase::Idle,
+                    Log::Cursor => {
+                        self.log.phase = Phase::Idle;
+                        self.drop_leases();
+                    }
                 }
                 match error {
                     ChangeError::Fenced(why) => self.fence(&why),
@@ -269,7 +295,8 @@ impl Owner {
 
     /// Remembers since when each log has something to write and no ledger for it.
     pub(super) fn note_waiting(&mut self) {
-        let wanted = self.log_is_wanted();
+        // Nobody waits for leases: patience with what others wait for is not shortened by them.
+        let wanted = self.settles_awaited() || !self.log.is_empty() || self.want.dedup;
         self.log.note_waiting(wanted);
         let wanted = !self.data.is_empty();
         self.data.note_waiting(wanted);

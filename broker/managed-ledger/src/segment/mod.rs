@@ -10,6 +10,7 @@
 mod cursors;
 mod jobs;
 mod lane;
+mod limits;
 mod outage;
 mod owner;
 mod publish;
@@ -32,12 +33,13 @@ use crate::{
     dedup::{ProducerId, Window},
     error::{ProducerError, PublishError, ReadError, SettleError},
     factory::ManagedLedgers,
-    list::Counts,
+    list::{Counts, HandleKey},
     offload::TierPolicy,
     read::View,
     types::{
-        CursorView, Outcome, ProducerOpen, ProducerOpened, PublishBatch, Settlement, Start, Stats,
-        Status, Stored, StoredBatch, TierProgress, Waiting,
+        CursorView, LeaseRecord, Outcome, ProducerOpen, ProducerOpened, PublishBatch,
+        RedeliveryView, Settlement, Start, Stats, Status, Stored, StoredBatch, TierProgress,
+        Waiting,
     },
 };
 
@@ -55,6 +57,7 @@ pub(crate) struct Shared {
     segment: SegmentId,
     epoch: Epoch,
     ack_quorum: usize,
+    handle_key: HandleKey,
     view: Arc<View>,
     /// None until somebody decides (see [`TierPolicy`]).
     policy: watch::Sender<Option<TierPolicy>>,
@@ -74,6 +77,8 @@ pub(crate) struct Shared {
 enum Command {
     Publish(PublishBatch, oneshot::Sender<Result<Stored, PublishError>>),
     OpenProducer(ProducerOpen, oneshot::Sender<Result<ProducerOpened, ProducerError>>),
+    /// Nobody waits for these (L2).
+    Leases(SubscriptionId, Vec<LeaseRecord>),
     Cursor(CursorChange, oneshot::Sender<Result<Offset, SettleError>>),
     /// Whether the open ledger is rolled first; who listens.
     Offload(bool, mpsc::Sender<TierProgress>),
@@ -98,6 +103,8 @@ pub(crate) struct Loaded {
     pub(crate) replayed_bytes: u64,
     /// Where that began: trims never pass it.
     pub(crate) dedup_next: Offset,
+    /// Entries of the cursor log that are lost.
+    pub(crate) lost: u64,
 }
 
 /// Starts the owner of a loaded segment.
@@ -115,6 +122,7 @@ pub(crate) fn start(
         segment,
         epoch: loaded.current.list.epoch,
         ack_quorum: config.quorum.ack(),
+        handle_key: loaded.current.list.handle_key,
         view,
         policy: watch::Sender::new(None),
         tier_errors: Mutex::default(),
@@ -209,6 +217,27 @@ impl ManagedLedger {
         self.change_cursor(CursorChange::Settle(subscription, settlement))
     }
 
+    /// Logs messages that were delivered (L2): asynchronous, in the order of the calls with [`Self::settle`], never waited
+    /// for, and dropped first under pressure: when the owner has much to do, at a cursor's limit, with a ledger that fails.
+    pub fn log_leases(&self, subscription: SubscriptionId, leases: Vec<LeaseRecord>) {
+        // The other half of the queue is for those who wait.
+        if self.commands.capacity() > self.commands.max_capacity() / 2 {
+            let _dropped = self.commands.try_send(Command::Leases(subscription, leases));
+        }
+    }
+
+    /// The redelivery state of a cursor as it is durable now; none without a cursor.
+    #[must_use]
+    pub fn redelivery(&self, subscription: SubscriptionId) -> Option<RedeliveryView> {
+        self.shared.cursors.lock().get(&subscription).map(Cursor::redelivery)
+    }
+
+    /// Signs the handles of deliveries (L4): drawn once, the same for all owners of the segment. A secret.
+    #[must_use]
+    pub fn handle_key(&self) -> [u8; 32] {
+        self.shared.handle_key.0
+    }
+
     /// Makes a cursor, durably; one that exists stays as it is.
     ///
     /// # Errors
@@ -263,6 +292,25 @@ impl ManagedLedger {
     ) -> Result<Vec<StoredBatch>, ReadError> {
         let end = *self.shared.end.borrow();
         let answer = self.shared.view.read(from, end, bytes_max, messages_max).await;
+        match (&answer, &*self.shared.status.borrow()) {
+            (Err(_), Status::Fenced(_)) => Err(ReadError::Fenced),
+            _ => answer,
+        }
+    }
+
+    /// The first message published at or after `time_ms` (wall clock, ms): where a seek by time goes. The first kept if all
+    /// are younger, the confirmed end if all are older. Reads about log2 of one ledger's entries. Cancel-safe.
+    ///
+    /// Publish times of a segment do not fall, also from owner to owner: a clock that is behind by less than an hour stamps the
+    /// time stamped last. So the answer is exact. Where a clock was set back further, times fall once; then the answer is a
+    /// message published at or after the time whose predecessor was not, in the oldest ledger that ends at or after it.
+    ///
+    /// # Errors
+    /// [`ReadError`]; call again after [`ReadError::Unavailable`].
+    pub async fn offset_at_time(&self, time_ms: u64) -> Result<Offset, ReadError> {
+        let open = *self.shared.open_counts.lock();
+        let end = *self.shared.end.borrow();
+        let answer = self.shared.view.offset_at_time(time_ms, open, end).await;
         match (&answer, &*self.shared.status.borrow()) {
             (Err(_), Status::Fenced(_)) => Err(ReadError::Fenced),
             _ => answer,

@@ -7,13 +7,7 @@
 use std::time::Duration;
 
 use geminga_bookie_client::LedgerWriter;
-use geminga_proto::{
-    ids::Offset,
-    storage::v1::{
-        EntryHeader,
-        entry_header::{Control, Probe, control::Kind},
-    },
-};
+use geminga_proto::storage::v1::entry_header::{Probe, control::Kind};
 use tokio::time::Instant;
 
 use super::{cursors::Group, lane::Lane, owner::Owner, publish::Item};
@@ -80,21 +74,12 @@ impl Owner {
             return self.fence("the metadata store does not answer, and an add is overdue");
         }
         if self.data.is_open() && self.data.is_empty() {
-            self.data.pending.push_back(Item::Probe(self.next_offset));
+            let header = self.control(Kind::Probe(Probe {}));
+            self.data.pending.push_back(Item::Control(Box::new(header), None));
         }
         if self.log.is_open() && self.log.is_empty() {
             let entry = cursor_log::encode(Vec::new());
             self.log.pending.push_back(Group::Changes { entry, changes: Vec::new(), dedup: None });
-        }
-    }
-
-    /// The control entry of a probe: it consumes no offset.
-    pub(super) fn probe_header(at: Offset, now_ms: u64) -> EntryHeader {
-        EntryHeader {
-            base_offset: at.0,
-            publish_time_ms: now_ms,
-            control: Some(Control { kind: Some(Kind::Probe(Probe {})) }),
-            ..EntryHeader::default()
         }
     }
 }

@@ -2,7 +2,7 @@
 //! What it does with a batch stands in `publish.rs`, with a cursor in `cursors.rs`, with the list in `jobs.rs`.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     pin::pin,
     sync::Arc,
     time::Duration,
@@ -18,12 +18,14 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, MissedTickBehavior, interval_at, sleep_until},
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Command, Loaded, Shared,
-    cursors::{Group, Waiting},
+    cursors::{Group, Queued, Waiting},
     jobs::{Done, Job, RETRY_PAUSE},
     lane::{Lane, LaneEvent},
+    limits::Limits,
     publish::{Answer, Item, Opening},
     tier::{Tier, TierEvent},
 };
@@ -48,6 +50,10 @@ pub(super) struct Owner {
     pub(super) data: Lane<Item>,
     pub(super) log: Lane<Group>,
     pub(super) job: Option<Job>,
+    /// Ends what a job still reads before its list change: a more urgent change waits.
+    pub(super) preempt: CancellationToken,
+    /// Jobs that read first, so far.
+    pub(super) reads_begun: u32,
     /// When ledgers were last looked at while the store did not answer.
     pub(super) probed_at: Option<Instant>,
     /// Not before this is the next list change tried, after one that did not happen.
@@ -57,20 +63,34 @@ pub(super) struct Owner {
     pub(super) window: Window,
     /// The offset of the next batch taken up.
     pub(super) next_offset: Offset,
+    /// The publish time of the last entry taken up.
+    pub(super) last_publish_ms: u64,
     /// Receipts of batches that are durable, until the end has moved.
     pub(super) receipts: Vec<(Answer<Stored, PublishError>, Stored)>,
     /// Streams that open when what is on its way of their producers is settled.
     pub(super) openings: Vec<Opening>,
+    /// Streams whose grant is durable, until the end has moved.
+    pub(super) granted: Vec<Opening>,
     pub(super) settles: VecDeque<Waiting>,
-    /// Runs above mark-delete in records that wait or are under way.
-    pub(super) queued_runs: BTreeMap<SubscriptionId, usize>,
+    /// What records that wait or are under way add to cursors.
+    pub(super) queued: BTreeMap<SubscriptionId, Queued>,
+    /// Runs of leases among them that nobody waits for, and how many records of them wait.
+    pub(super) queued_leases: usize,
+    pub(super) lease_records: usize,
+    /// Cursors that were reset, until their state is written once more.
+    pub(super) restate: BTreeSet<SubscriptionId>,
+    /// Entries of the cursor log that the load found lost.
+    pub(super) lost: u64,
     pub(super) want: Want,
     pub(super) tier: Tier,
+    pub(super) limits: Limits,
     pub(super) data_ledger: OpenLedger,
     pub(super) snapshot_bytes: u64,
     pub(super) delta_bytes: u64,
     /// Data bytes that a load would replay (DD2).
     pub(super) data_since_dedup: u64,
+    /// Stored since the backlog was told.
+    pub(super) stored_bytes: u64,
     pub(super) last_activity: Instant,
     pub(super) closing: Option<Vec<oneshot::Sender<()>>>,
     pub(super) fenced: Option<String>,
@@ -102,6 +122,9 @@ pub(super) struct OpenLedger {
 impl Owner {
     pub(super) fn new(ledgers: ManagedLedgers, shared: Arc<Shared>, loaded: Loaded) -> Self {
         let next_offset = loaded.current.list.closed_end();
+        let mut stamped =
+            loaded.current.list.data.iter().rev().map(|listed| listed.counts.last_publish_ms);
+        let last_publish_ms = stamped.find(|at_ms| *at_ms > 0).unwrap_or(0);
         ledgers.parts().metrics.segments.inc();
         let tier = Tier::new(shared.policy.subscribe(), loaded.dedup_next);
         Self {
@@ -111,21 +134,31 @@ impl Owner {
             data: Lane::new(),
             log: Lane::new(),
             job: None,
+            preempt: CancellationToken::new(),
+            reads_begun: 0,
             probed_at: None,
             retry_at: None,
             refusal: String::new(),
             window: loaded.window,
             next_offset,
+            last_publish_ms,
             receipts: Vec::new(),
             openings: Vec::new(),
+            granted: Vec::new(),
             settles: VecDeque::new(),
-            queued_runs: BTreeMap::new(),
+            queued: BTreeMap::new(),
+            queued_leases: 0,
+            lease_records: 0,
+            restate: BTreeSet::new(),
+            lost: loaded.lost,
             want: Want::default(),
             tier,
+            limits: Limits::default(),
             data_ledger: OpenLedger::default(),
             snapshot_bytes: 0,
             delta_bytes: 0,
             data_since_dedup: loaded.replayed_bytes,
+            stored_bytes: 0,
             last_activity: Instant::now(),
             closing: None,
             fenced: None,
@@ -147,6 +180,7 @@ impl Owner {
             }
             let patience_ends = self.patience_ends();
             let probe_at = self.probe_at();
+            let hold_ends = self.limits.hold_ends(self.ledgers.parts().config.create_patience);
             tokio::select! {
                 biased;
                 () = &mut stopped => self.fence("the broker is stopping"),
@@ -174,9 +208,14 @@ impl Owner {
                     }
                 },
                 event = self.tier.next() => match event {
-                    TierEvent::PolicySet => self.tier.due = true,
+                    TierEvent::PolicySet => {
+                        self.tier.due = true;
+                        self.watch_backlog();
+                    }
                     TierEvent::UploadEnded(outcome) => self.upload_ended(outcome),
                 },
+                found = self.limits.searched() => self.expire(found),
+                () = until(hold_ends) => self.refuse_held(),
                 () = &mut standing_turns => {
                     self.probed_at = None;
                     standing_turns.set(self.standing_turns());
@@ -201,6 +240,7 @@ impl Owner {
             Command::Publish(batch, answer) => self.publish(batch, answer),
             Command::OpenProducer(open, answer) => self.open_producer(open, answer),
             Command::Cursor(change, answer) => self.change_cursor(change, answer),
+            Command::Leases(id, leases) => self.log_leases(id, &leases),
             Command::Offload(roll, watcher) => self.begin_offload(roll, watcher),
             Command::Roll(ledger) => self.roll(ledger),
             Command::Close(answer) => self.begin_close(Some(answer)),
@@ -236,15 +276,20 @@ impl Owner {
     /// Starts whatever can be started; level-triggered.
     fn progress(&mut self) {
         self.form_group();
-        let now_ms = self.now_ms();
         self.data.send(|item| match item {
             Item::Batch(batch) => Payload {
                 trace: batch.trace,
                 ..entry_header::encode(&batch.header, batch.payload.clone())
             },
-            Item::Probe(at) => entry_header::encode(&Self::probe_header(*at, now_ms), Bytes::new()),
+            Item::Control(header, _) => entry_header::encode(header, Bytes::new()),
         });
         self.log.send(Group::payload);
+        // Looked at here as well: while other events keep coming the timer's turn may not.
+        self.retry_at.take_if(|at| *at <= Instant::now());
+        // Every fourth one comes to its end all the same: what it frees is wanted, too.
+        if self.job.is_some() && self.change_is_urgent() && !self.reads_begun.is_multiple_of(4) {
+            self.preempt.cancel();
+        }
         if self.job.is_none() && self.retry_at.is_none() && self.may_change() {
             self.job = self.next_job();
         }
@@ -252,12 +297,18 @@ impl Owner {
     }
 
     pub(super) fn dedup_state(&self) -> DedupSnapshot {
-        let next_offset = self.shared.end.borrow().0;
-        DedupSnapshot { next_offset, producers: self.window.snapshot() }
+        let snapshot = self.window.snapshot(*self.shared.end.borrow());
+        let (ledger, entries) = match (self.data.writer(), self.current.list.data.last()) {
+            (Some(writer), _) => (writer.id(), self.data_ledger.counts.entries),
+            (None, Some(last)) => (last.id, last.counts.entries),
+            (None, None) => return snapshot,
+        };
+        DedupSnapshot { ledger: ledger.0, entries, ..snapshot }
     }
 
     pub(super) fn log_state(&self) -> LogState {
-        LogState { cursors: self.shared.cursors.lock().clone(), dedup: self.dedup_state() }
+        let cursors = self.shared.cursors.lock().clone();
+        LogState { cursors, dedup: self.dedup_state(), lost: 0 }
     }
 
     pub(super) fn is_quiet(&self) -> bool {
@@ -281,6 +332,7 @@ impl Owner {
             self.want.rest = true;
         }
         self.tier.due = true;
+        self.watch_backlog();
         self.note_ended_streams();
         self.window.expire_sessions(self.now_ms().saturating_sub(session_idle_ms));
     }
@@ -294,6 +346,7 @@ impl Owner {
 
     fn begin_close(&mut self, answer: Option<oneshot::Sender<()>>) {
         self.closing.get_or_insert_with(Vec::new).extend(answer);
+        self.fail_held(&PublishError::Closed);
         self.want.rest = true;
     }
 
@@ -331,11 +384,12 @@ impl Owner {
                 Command::OpenProducer(_, answer) => drop(answer.send(Err(ProducerError::Fenced))),
                 Command::Cursor(_, answer) => drop(answer.send(Err(SettleError::Fenced))),
                 Command::Offload(_, watcher) => drop(watcher),
-                Command::Roll(_) => {}
+                Command::Roll(_) | Command::Leases(..) => {}
                 Command::Close(answer) => drop(answer.send(())),
             }
         }
         self.fail_openings(&ProducerError::Fenced);
+        self.fail_held(&PublishError::Fenced);
         self.fail_batches(&PublishError::Fenced);
         self.fail_settles(&SettleError::Fenced);
         for answer in self.closing.take().into_iter().flatten() {

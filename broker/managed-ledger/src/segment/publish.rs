@@ -4,7 +4,10 @@ use bytes::Bytes;
 use geminga_bookie_client::{LedgerWriter, entry::ENTRY_PAYLOAD_BYTES_MAX};
 use geminga_proto::{
     ids::{EntryId, Offset},
-    storage::v1::{EntryHeader, entry_header::Producer},
+    storage::v1::{
+        EntryHeader,
+        entry_header::{Control, Grant, Producer, control::Kind},
+    },
 };
 use geminga_runtime::{budget::Permit, telemetry::TraceContext};
 use prost::Message;
@@ -12,7 +15,7 @@ use tokio::{sync::oneshot, time::Instant};
 
 use super::{lane::Appended, owner::Owner};
 use crate::{
-    dedup::{Chain, Opened, ProducerId, Verdict},
+    dedup::{Chain, Open, OpenRefused, Opened, ProducerId, Verdict},
     entry_header::HEADER_BYTES_MAX,
     error::{ProducerError, PublishError},
     types::{ProducerIdentity, ProducerOpen, ProducerOpened, PublishBatch, Stored, StoredBatch},
@@ -20,6 +23,8 @@ use crate::{
 
 pub(super) type Answer<T, E> = oneshot::Sender<Result<T, E>>;
 
+/// A clock that is behind by no more than this does not turn publish times back.
+const CLOCK_STEP_MS_MAX: u64 = 3_600_000;
 /// A colon is in no name that a user can choose.
 const SESSION_PREFIX: &str = "session:";
 /// Of an entry header, beyond its record index: numbers, a producer's name, tags.
@@ -42,15 +47,14 @@ pub(super) struct Batch {
 /// What goes into the data log.
 pub(super) enum Item {
     Batch(Box<Batch>),
-    /// An entry without messages, at the offset of the next batch: it shows that the ledger still takes adds (O3).
-    Probe(Offset),
+    /// An entry without messages, at the offset of the next batch: a probe (O3) or a grant (DD4); and who waits for it.
+    Control(Box<EntryHeader>, Option<Opening>),
 }
 
-/// A stream about to be opened.
+/// A stream about to be opened: it waits for what is on its way, or for its grant.
 pub(super) struct Opening {
     id: ProducerId,
     session: bool,
-    may_create: bool,
     stream: u64,
     answer: Answer<ProducerOpened, ProducerError>,
 }
@@ -62,13 +66,13 @@ impl Owner {
         open: ProducerOpen,
         answer: Answer<ProducerOpened, ProducerError>,
     ) {
-        let opening = match open.identity {
+        let opening = match &open.identity {
             _ if self.closing.is_some() => Err(ProducerError::Closed),
             ProducerIdentity::Named(name) => {
                 Ok((ProducerId::from(name.as_str().to_owned()), false, true))
             }
             ProducerIdentity::Resume(token) if token.starts_with(SESSION_PREFIX.as_bytes()) => {
-                Ok((token, true, false))
+                Ok((token.clone(), true, false))
             }
             ProducerIdentity::Resume(_) => Err(ProducerError::UnknownSession),
             ProducerIdentity::Session => {
@@ -77,51 +81,115 @@ impl Owner {
                 Ok((ProducerId::from(format!("{SESSION_PREFIX}{name}")), true, true))
             }
         };
-        let stream = open.stream_number;
         match opening {
             Ok((id, session, may_create)) => {
                 self.note_ended_streams();
-                self.try_open(Opening { id, session, may_create, stream, answer });
+                self.open_stream(&open, id, session, may_create, answer);
             }
             Err(error) => drop(answer.send(Err(error))),
         }
     }
 
-    /// Opens that waited are tried again: something was settled.
-    fn retry_openings(&mut self) {
-        for opening in std::mem::take(&mut self.openings) {
-            self.try_open(opening);
+    fn open_stream(
+        &mut self,
+        open: &ProducerOpen,
+        id: ProducerId,
+        session: bool,
+        may_create: bool,
+        answer: Answer<ProducerOpened, ProducerError>,
+    ) {
+        let producers_max = self.ledgers.parts().config.producers_max;
+        // A grant goes into the ledger; the window does not know yet whether there will be one.
+        if !session && self.refuses_batches() {
+            return drop(answer.send(Err(ProducerError::MetadataUnavailable)));
+        }
+        if str::from_utf8(&id).is_err() {
+            return drop(answer.send(Err(ProducerError::UnknownSession)));
+        }
+        let stream = open.stream_number;
+        let opened = self.window.open(&Open {
+            id: &id,
+            session,
+            stream,
+            may_create,
+            access: open.access,
+            held_epoch: open.held_epoch,
+            now_ms: self.now_ms(),
+            producers_max,
+        });
+        let opening = Opening { id, session, stream, answer };
+        match opened {
+            Ok(Opened::Grant(grant)) => self.grant(grant, opening),
+            opened => self.go_on(opened, opening),
         }
     }
 
-    fn try_open(&mut self, opening: Opening) {
-        let Opening { id, session, may_create, stream, answer } = opening;
-        let producers_max = self.ledgers.parts().config.producers_max;
+    /// DD4: behind all that is on its way; the stream opens when it is durable.
+    fn grant(&mut self, grant: Grant, opening: Opening) {
+        self.note_activity();
+        let header = self.control(Kind::Grant(grant));
+        self.data.pending.push_back(Item::Control(Box::new(header), Some(opening)));
+    }
+
+    /// The header of an entry without messages: it consumes no offset.
+    pub(super) fn control(&mut self, kind: Kind) -> EntryHeader {
         let now_ms = self.now_ms();
-        let Ok(name) = String::from_utf8(id.to_vec()) else {
-            return drop(answer.send(Err(ProducerError::UnknownSession)));
-        };
-        let opened = match self.window.open(&id, session, stream, may_create, now_ms, producers_max)
-        {
-            Err(_) => Err(ProducerError::TooManyProducers { limit: producers_max }),
-            Ok(None) => Err(ProducerError::UnknownSession),
-            Ok(Some(Opened::OldStream { current })) => Err(ProducerError::StaleStream { current }),
-            Ok(Some(Opened::Pending)) => {
+        EntryHeader {
+            base_offset: self.next_offset.0,
+            publish_time_ms: self.stamp(now_ms),
+            control: Some(Control { kind: Some(kind) }),
+            ..EntryHeader::default()
+        }
+    }
+
+    /// Opens that waited for earlier streams are tried again: something was settled.
+    fn retry_openings(&mut self) {
+        for opening in std::mem::take(&mut self.openings) {
+            self.retry(opening);
+        }
+    }
+
+    fn retry(&mut self, opening: Opening) {
+        let opened = self.window.reopen(&opening.id, opening.stream);
+        self.go_on(opened, opening);
+    }
+
+    fn go_on(&mut self, opened: Result<Opened, OpenRefused>, opening: Opening) {
+        let now_ms = self.now_ms();
+        let opened = match opened {
+            Ok(Opened::At { epoch, persisted }) => {
+                let token = if opening.session { opening.id.clone() } else { Bytes::new() };
+                let name = String::from_utf8_lossy(&opening.id).into_owned();
+                Ok(ProducerOpened { id: opening.id.clone(), name, token, epoch, persisted })
+            }
+            Ok(Opened::Pending | Opened::Grant(_)) => {
                 // Whoever asked may be gone by now: then no stream is open, and nobody waits.
-                if answer.is_closed() {
-                    self.window.disconnected(&id, stream, now_ms);
-                } else {
-                    self.openings.push(Opening { id, session, may_create, stream, answer });
+                match opening.answer.is_closed() {
+                    true => self.window.disconnected(&opening.id, opening.stream, now_ms),
+                    false => self.openings.push(opening),
                 }
                 return;
             }
-            Ok(Some(Opened::At { persisted })) => {
-                let token = if session { id.clone() } else { Bytes::new() };
-                Ok(ProducerOpened { id: id.clone(), name, token, epoch: 0, persisted })
-            }
+            Err(refused) => Err(self.refusal_of(refused)),
         };
-        if let Err(Ok(_unheard)) = answer.send(opened) {
-            self.window.disconnected(&id, stream, now_ms);
+        if let Err(Ok(_unheard)) = opening.answer.send(opened) {
+            self.window.disconnected(&opening.id, opening.stream, now_ms);
+        }
+    }
+
+    fn refusal_of(&self, refused: OpenRefused) -> ProducerError {
+        match refused {
+            OpenRefused::Full => {
+                ProducerError::TooManyProducers { limit: self.ledgers.parts().config.producers_max }
+            }
+            OpenRefused::Unknown => ProducerError::UnknownSession,
+            OpenRefused::OldStream { current } => ProducerError::StaleStream { current },
+            OpenRefused::OldEpoch { current } => ProducerError::StaleEpoch { current },
+            OpenRefused::Held { holder } => {
+                ProducerError::Held { holder: String::from_utf8_lossy(&holder).into_owned() }
+            }
+            OpenRefused::OthersConnected => ProducerError::OthersConnected,
+            OpenRefused::NotNamed => ProducerError::NotNamed,
         }
     }
 
@@ -132,8 +200,16 @@ impl Owner {
         }
     }
 
-    /// In order: the chain (DD5), the offset, the ledger.
+    /// In order: behind those that are held, or if they must be.
     pub(super) fn publish(&mut self, batch: PublishBatch, answer: Answer<Stored, PublishError>) {
+        match self.closing.is_none() && (self.limits.held() > 0 || self.holds()) {
+            true => self.hold(batch, answer),
+            false => self.take(batch, answer),
+        }
+    }
+
+    /// In order: the chain (DD5), the offset, the ledger.
+    pub(super) fn take(&mut self, batch: PublishBatch, answer: Answer<Stored, PublishError>) {
         if self.closing.is_some() {
             let _ = answer.send(Err(PublishError::Closed));
             return;
@@ -151,11 +227,13 @@ impl Owner {
         let now_ms = self.now_ms();
         let chain = Chain { prev: batch.prev, lo: batch.lo, hi: batch.hi };
         let refusal = match self.window.check(&batch.producer, batch.stream_number, chain, now_ms) {
-            Verdict::Accept if self.refuses_batches() => {
-                self.window.take_back(&batch.producer, chain);
-                PublishError::MetadataUnavailable
-            }
-            Verdict::Accept => return self.take_up(batch, answer, now_ms),
+            Verdict::Accept => match self.refusal_of_new(&batch) {
+                None => return self.take_up(batch, answer, now_ms),
+                Some(refusal) => {
+                    self.window.take_back(&batch.producer, chain);
+                    refusal
+                }
+            },
             Verdict::Stored(base_offset) => {
                 let _ =
                     answer.send(Ok(Stored { base_offset, count: batch.count, duplicate: true }));
@@ -164,7 +242,7 @@ impl Owner {
             Verdict::Pending => {
                 let batches = self.data.pending.iter_mut().filter_map(|item| match item {
                     Item::Batch(batch) => Some(batch),
-                    Item::Probe(_) => None,
+                    Item::Control(..) => None,
                 });
                 let same =
                     |one: &&mut Box<Batch>| one.hi == batch.hi && one.producer == batch.producer;
@@ -178,21 +256,36 @@ impl Owner {
             Verdict::Conflict => PublishError::SequenceConflict,
             Verdict::Unknown => PublishError::UnknownProducer,
             Verdict::OldStream => PublishError::StaleStream,
+            Verdict::Fenced => PublishError::ProducerFenced,
         };
         let _ = answer.send(Err(refusal));
     }
 
+    /// Why a batch that follows is not taken up, if it is not.
+    fn refusal_of_new(&self, batch: &PublishBatch) -> Option<PublishError> {
+        let next = self.next_offset;
+        if self.refuses_batches() {
+            Some(PublishError::MetadataUnavailable)
+        } else if batch.expected_offset.is_some_and(|expected| expected != next) {
+            Some(PublishError::UnexpectedOffset { next })
+        } else {
+            self.over_quota()
+        }
+    }
+
     fn take_up(&mut self, batch: PublishBatch, answer: Answer<Stored, PublishError>, now_ms: u64) {
         self.note_activity();
+        let publish_time_ms = self.stamp(now_ms);
         let name = String::from_utf8_lossy(&batch.producer).into_owned();
         let session = name.starts_with(SESSION_PREFIX);
+        let epoch = self.window.epoch(&batch.producer);
         let header = EntryHeader {
             base_offset: self.next_offset.0,
             count: batch.count,
-            publish_time_ms: now_ms,
+            publish_time_ms,
             producer: Some(Producer {
                 name,
-                epoch: 0,
+                epoch,
                 prev_sequence: batch.prev,
                 lo_sequence: batch.lo,
                 hi_sequence: batch.hi,
@@ -219,6 +312,16 @@ impl Owner {
         })));
     }
 
+    /// The publish time of an entry taken up now. Times do not fall (see [`crate::ManagedLedger::offset_at_time`]), unless the
+    /// clock was set back by so much that no honest one could have stamped what is stored.
+    pub(super) fn stamp(&mut self, now_ms: u64) -> u64 {
+        let behind_ms = self.last_publish_ms.saturating_sub(now_ms);
+        if behind_ms == 0 || behind_ms > CLOCK_STEP_MS_MAX {
+            self.last_publish_ms = now_ms;
+        }
+        self.last_publish_ms
+    }
+
     pub(super) fn data_appended(&mut self, outcome: Appended) {
         // Only who consumes here is served from memory.
         let keep = !self.shared.cursors.lock().is_empty();
@@ -227,7 +330,8 @@ impl Owner {
         while let Some(appended) = outcome {
             match appended {
                 Appended::Stored(entry) => {
-                    last = self.confirm(entry, keep).map(|end| (entry, end)).or(last)
+                    let before = last.map_or(Offset(0), |(_, end)| end);
+                    last = self.confirm(entry, keep).map(|end| (entry, end.max(before))).or(last)
                 }
                 Appended::NotStored => {} // `poisoned` starts the roll that sends it again (M2)
                 Appended::Indeterminate => {
@@ -248,6 +352,9 @@ impl Owner {
         for (answer, stored) in self.receipts.drain(..) {
             let _ = answer.send(Ok(stored));
         }
+        for opening in std::mem::take(&mut self.granted) {
+            self.retry(opening);
+        }
         self.retry_openings();
         self.after_data();
     }
@@ -255,9 +362,13 @@ impl Owner {
     /// The oldest batch is durable; the end after it.
     fn confirm(&mut self, entry: EntryId, keep: bool) -> Option<Offset> {
         let item = self.data.pending.pop_front()?;
-        let Item::Batch(batch) = item else {
-            self.data_ledger.counts.entries = entry.0 + 1;
-            return Some(*self.shared.end.borrow());
+        let batch = match item {
+            Item::Batch(batch) => batch,
+            Item::Control(_, opening) => {
+                self.data_ledger.counts.entries = entry.0 + 1;
+                self.granted.extend(opening);
+                return Some(*self.shared.end.borrow());
+            }
         };
         let ledger = self.data.writer().map(LedgerWriter::id)?;
         let (base, count) = (Offset(batch.header.base_offset), batch.header.count);
@@ -271,6 +382,7 @@ impl Owner {
             counts.first_publish_ms = batch.header.publish_time_ms;
         }
         self.data_since_dedup += batch.payload.len() as u64;
+        self.stored_bytes += batch.payload.len() as u64;
         let metrics = &self.ledgers.parts().metrics;
         metrics.appends.inc();
         metrics.append_duration.observe(batch.taken_at.elapsed().as_secs_f64());
@@ -287,6 +399,8 @@ impl Owner {
     }
 
     fn after_data(&mut self) {
+        let stored = std::mem::take(&mut self.stored_bytes);
+        self.note_stored(stored);
         let config = &self.ledgers.parts().config;
         // One that is being closed is full already, and the next one is not.
         if self.data.is_open() {
@@ -299,9 +413,24 @@ impl Owner {
     /// Ends everything taken up; the caller knows what that means for each.
     pub(super) fn fail_batches(&mut self, error: &PublishError) {
         for item in std::mem::take(&mut self.data.pending) {
-            let Item::Batch(batch) = item else { continue };
-            for answer in batch.attached.into_iter().chain([batch.answer]) {
-                let _ = answer.send(Err(error.clone()));
+            match item {
+                Item::Batch(batch) => {
+                    for answer in batch.attached.into_iter().chain([batch.answer]) {
+                        let _ = answer.send(Err(error.clone()));
+                    }
+                }
+                Item::Control(_, None) => {}
+                Item::Control(_, Some(opening)) => {
+                    let now_ms = self.now_ms();
+                    self.window.disconnected(&opening.id, opening.stream, now_ms);
+                    let error = match error {
+                        PublishError::NotEnoughBookies(why) => {
+                            ProducerError::NotEnoughBookies(why.clone())
+                        }
+                        _ => ProducerError::Fenced,
+                    };
+                    let _ = opening.answer.send(Err(error));
+                }
             }
         }
         self.retry_openings();

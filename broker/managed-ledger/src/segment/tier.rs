@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::{
-    jobs::{Done, Job},
+    jobs::{Done, Job, PREEMPTED},
     owner::Owner,
 };
 use crate::{
@@ -202,6 +202,7 @@ impl Owner {
 
     /// From here until it has an end the prefix counts as gone.
     fn trim_data(&mut self, count: usize) -> Job {
+        let preempt = self.preemptible();
         let end = self.current.list.data[count - 1].end();
         self.shared.view.set_floor(end);
         let (changer, current) = (self.changer(), self.current.clone());
@@ -211,12 +212,18 @@ impl Owner {
             // C4: what a load would replay from must be readable before older entries go.
             if let Some((ledger, range)) = mark {
                 let listed = current.list.cursor_log.iter().find(|listed| listed.id == ledger);
-                let entries = match (open_log.filter(|writer| writer.id() == ledger), listed) {
-                    (Some(writer), _) => shared.view.read_back(&writer, range).await,
-                    (None, Some(listed)) => shared.view.read_back_closed(listed, range).await,
-                    (None, None) => Ok(Vec::new()),
+                let read = async {
+                    match (open_log.filter(|writer| writer.id() == ledger), listed) {
+                        (Some(writer), _) => shared.view.read_back(&writer, range).await,
+                        (None, Some(listed)) => shared.view.read_back_closed(listed, range).await,
+                        (None, None) => Ok(Vec::new()),
+                    }
                 };
-                let entries = entries.unwrap_or_default();
+                let Some(read) = preempt.run_until_cancelled(read).await else {
+                    let why = PREEMPTED.to_owned();
+                    return Done::Tier(TierDone::Trimmed(count, Err(ChangeError::NotNow(why))));
+                };
+                let entries = read.unwrap_or_default();
                 let mut fold = Fold::default();
                 let whole =
                     entries.iter().all(|entry| fold.apply(&entry.payload.to_bytes()).is_ok());

@@ -331,3 +331,70 @@ async fn traffic_that_comes_while_a_segment_goes_to_rest_keeps_it_awake() {
     }
     assert!(world.list().await.data.len() <= 2, "{}", world.list().await.data.len());
 }
+
+/// A backlog of ten million messages with a hundred thousand holes, as consumers leave it that settle one by one.
+async fn many_holes(log: &ManagedLedger) {
+    log.create_cursor(SUB, Start::Earliest).await.expect("made");
+    let mut producer = Producer::named(log, "p", 1).await;
+    for _ in 0..5 {
+        producer.send(log, 2_000_000).await.expect("stored");
+    }
+    // Each hole and each run between two is of another length.
+    let runs: Vec<(u64, u64)> =
+        (0..100_000).map(|n| (n * 100 + 1 + n * 7 % 40, n * 100 + 41 + n * 13 % 59)).collect();
+    for runs in runs.chunks(10_000) {
+        assert_eq!(log.settle(SUB, accept(runs)).await, Ok(offset(0)));
+    }
+    assert_eq!(holes(log, SUB).len(), 100_000);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hundred_thousand_holes_in_ten_million_messages_take_less_than_a_megabyte() {
+    let world = World::new().await;
+    let node = world.node();
+    let log = node.load().await;
+    many_holes(&log).await;
+    let before = log.cursor(SUB);
+    // There is room for more, and for what waits for another attempt.
+    let more = Settlement::Redeliver(vec![crate::Redelivery {
+        first: offset(0),
+        last: offset(9_999_999),
+        attempt: 2,
+        due_ms: 0,
+    }]);
+    let refused = log.settle(SUB, more).await;
+    assert_eq!(refused, Err(SettleError::TooManyHoles { limit: 200_000 }), "one run for each hole");
+    node.kill();
+    let node = world.node();
+    let log = node.load().await;
+    assert_eq!(log.cursor(SUB), before);
+    let (state, _) = node.log_state().await;
+    let bytes: usize = crate::cursor_log::snapshot(1, &state).iter().map(bytes::Bytes::len).sum();
+    assert!(bytes < 1_000_000, "{bytes}");
+}
+
+/// Prints figures: `cargo test --release --workspace --lib -- --ignored --nocapture reload_of_a_hundred_thousand_holes`.
+#[tokio::test]
+#[ignore = "prints figures of this machine"]
+async fn reload_of_a_hundred_thousand_holes() {
+    let world = World::new().await;
+    let node = world.node();
+    let log = node.load().await;
+    many_holes(&log).await;
+    node.kill();
+    // From deltas, then from a snapshot alone.
+    for from in ["deltas", "a snapshot"] {
+        let node = world.node_with(|config| config.snapshot_after_bytes = 1);
+        let begun = tokio::time::Instant::now();
+        let log = node.load().await;
+        let loaded = begun.elapsed();
+        assert_eq!(holes(&log, SUB).len(), 100_000);
+        for _ in 0..2 {
+            log.settle(SUB, accept(&[(1, 1)])).await.expect("settled");
+        }
+        let (state, _) = node.log_state().await;
+        let entries = crate::cursor_log::snapshot(1, &state);
+        let bytes: usize = entries.iter().map(bytes::Bytes::len).sum();
+        println!("reload from {from}: {loaded:?}, the snapshot has {bytes} bytes");
+    }
+}

@@ -288,7 +288,7 @@ impl Producer {
         identity: ProducerIdentity,
         stream: u64,
     ) -> Result<Self, ProducerError> {
-        let open = ProducerOpen { identity, stream_number: stream };
+        let open = ProducerOpen::shared(identity, stream);
         let opened = log.open_producer(open).await?;
         Ok(Self { id: opened.id, token: opened.token, stream, last: opened.persisted })
     }
@@ -308,6 +308,7 @@ impl Producer {
             uncompressed_size: payload.len() as u32,
             index: RecordIndex::default(),
             payload,
+            expected_offset: None,
             traceparent: String::new(),
             trace: None,
             permit,
@@ -389,11 +390,12 @@ pub(super) fn offset(offset: u64) -> Offset {
     Offset(offset)
 }
 
-/// A bookie that lost some entries, and does not know: it says no to them.
+/// A bookie that lost some entries, and does not know: it says no to them; or whose reads take their time.
 #[derive(Clone, Debug)]
 pub(super) struct Forgetful {
     inner: MemoryBookie,
     lost: Arc<Mutex<Vec<(LedgerId, EntryId)>>>,
+    reads_take: Arc<Mutex<Duration>>,
 }
 
 impl World {
@@ -401,10 +403,20 @@ impl World {
     pub(super) fn forgetful(&self) -> Arc<Mutex<Vec<(LedgerId, EntryId)>>> {
         let lost = Arc::new(Mutex::new(Vec::new()));
         for (id, bookie) in &self.bookies {
-            let bookie = Forgetful { inner: bookie.clone(), lost: Arc::clone(&lost) };
+            let (lost, reads_take) = (Arc::clone(&lost), Arc::default());
+            let bookie = Forgetful { inner: bookie.clone(), lost, reads_take };
             self.loopback.attach(Incarnation(*id), Arc::new(bookie));
         }
         lost
+    }
+
+    /// From now on every read takes so long.
+    pub(super) fn slow_reads(&self, each: Duration) {
+        for (id, bookie) in &self.bookies {
+            let (lost, reads_take) = (Arc::default(), Arc::new(Mutex::new(each)));
+            let bookie = Forgetful { inner: bookie.clone(), lost, reads_take };
+            self.loopback.attach(Incarnation(*id), Arc::new(bookie));
+        }
     }
 }
 
@@ -424,17 +436,20 @@ impl BookieRpc for Forgetful {
     fn read(&self, request: ReadRequest) -> Answer<ReadAnswer> {
         let lost = Arc::clone(&self.lost);
         let (ledger, first) = (request.ledger, request.range.first.0);
-        let answer = self.inner.read(request);
-        answer
-            .map(move |mut answer| {
-                for (n, entry) in answer.entries.iter_mut().enumerate() {
-                    if lost.lock().contains(&(ledger, EntryId(first + n as u64))) {
-                        *entry = EntryAnswer::Absent;
-                    }
+        let (answer, reads_take) = (self.inner.read(request), *self.reads_take.lock());
+        let late = async move {
+            tokio::time::sleep(reads_take).await;
+            answer.await
+        };
+        late.map(move |mut answer| {
+            for (n, entry) in answer.entries.iter_mut().enumerate() {
+                if lost.lock().contains(&(ledger, EntryId(first + n as u64))) {
+                    *entry = EntryAnswer::Absent;
                 }
-                answer
-            })
-            .boxed()
+            }
+            answer
+        })
+        .boxed()
     }
 
     fn read_lac(&self, to: Incarnation, ledger: LedgerId, deadline: Instant) -> Answer<LacAnswer> {

@@ -8,7 +8,7 @@ use geminga_proto::{ids::LedgerId, storage::v1::DedupSnapshot};
 
 use super::harness::*;
 use crate::{
-    DeleteError, LoadError, PublishError, Settlement, Start, Status,
+    DeleteError, LoadError, ProducerIdentity, PublishError, Settlement, Start, Status,
     cursor_log::{self, LogState},
     list::{Counts, List, ListedState, Log},
 };
@@ -41,8 +41,8 @@ async fn a_closed_segment_has_nothing_open_and_is_loaded_as_it_was() {
     let log = node.load().await;
     assert_eq!(read_all(&log).await.len(), 11);
     assert_eq!(log.cursor(SUB).expect("there").mark_delete_next, offset(5));
-    assert_eq!(Producer::named(&log, "p", 2).await.last, 21);
     assert_eq!(world.list().await.data, list.data, "a load changes nothing but the epoch");
+    assert_eq!(Producer::named(&log, "p", 2).await.last, 21);
 }
 
 #[tokio::test(start_paused = true)]
@@ -122,7 +122,13 @@ fn nearly_full(room: usize) -> List {
         list.close(LedgerId(id), counts);
     }
     list.data.truncate(list.data.len() - room);
-    let dedup = DedupSnapshot { next_offset: list.closed_end().0, producers: Vec::new() };
+    let last = list.data.last().expect("there are many");
+    let dedup = DedupSnapshot {
+        next_offset: list.closed_end().0,
+        ledger: last.id.0,
+        entries: 1,
+        ..DedupSnapshot::default()
+    };
     let snapshot = cursor_log::snapshot(1, &LogState { dedup, ..LogState::default() });
     list.inline_snapshot = snapshot[0].clone();
     list
@@ -134,7 +140,7 @@ async fn a_list_without_room_refuses_new_ledgers_and_is_loaded_all_the_same() {
     let list = nearly_full(0);
     world.put(keys::segment_list(SEGMENT), list.encode().expect("fits")).await;
     let log = world.node().load().await;
-    let mut producer = Producer::named(&log, "p", 1).await;
+    let mut producer = Producer::open(&log, ProducerIdentity::Session, 1).await;
     let refused = producer.send(&log, 1).await;
     let Err(PublishError::NotEnoughBookies(why)) = refused else { panic!("{refused:?}") };
     assert!(why.contains("list value"), "{why}");

@@ -5,7 +5,7 @@ use std::time::Duration;
 use geminga_metadata::{Standing, StandingSetter};
 
 use super::harness::*;
-use crate::{PublishError, SettleError, Settlement, Start, Status};
+use crate::{ProducerIdentity, PublishError, SettleError, Settlement, Start, Status};
 
 async fn world() -> (World, StandingSetter) {
     let mut world = World::new().await;
@@ -54,7 +54,7 @@ async fn what_needs_a_ledger_that_is_not_open_is_refused_and_without_any_the_seg
     let node = world.node();
     let log = node.load().await;
     log.create_cursor(SUB, Start::Earliest).await.expect("made");
-    let mut producer = Producer::named(&log, "p", 1).await;
+    let mut producer = Producer::open(&log, ProducerIdentity::Session, 1).await;
     setter.set(false);
     let refused = producer.send(&log, 1).await;
     assert_eq!(refused, Err(PublishError::MetadataUnavailable), "only the cursor log is open");

@@ -7,7 +7,9 @@ use geminga_proto::ids::Offset;
 use tokio::time::Instant;
 
 use super::harness::*;
-use crate::{Claim, LoadError, PublishError, SettleError, Settlement, Start, Status};
+use crate::{
+    Claim, LoadError, ProducerIdentity, PublishError, SettleError, Settlement, Start, Status,
+};
 
 /// What an owner told a producer, and when.
 type Receipt = (u64, Result<Offset, PublishError>, Instant);
@@ -94,7 +96,7 @@ async fn an_owner_without_an_open_ledger_is_fenced_by_the_list() {
     let world = World::new().await;
     let old = world.node().load().await;
     let new = world.node().load().await;
-    let mut producer = Producer::named(&old, "p", 1).await;
+    let mut producer = Producer::open(&old, ProducerIdentity::Session, 1).await;
     assert_eq!(producer.send(&old, 1).await, Err(PublishError::Fenced));
     let mut producer = Producer::named(&new, "p", 1).await;
     producer.store(&new, 2).await;

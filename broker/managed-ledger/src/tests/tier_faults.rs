@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use geminga_metadata::{Fault, keys};
 use geminga_runtime::clock::Timestamp;
+use object_store::{ObjectStoreExt, path::Path};
 
 use super::{harness::*, tier::*};
 use crate::{
     Status, TierPolicy,
-    offload::{Stage, store::faulty::ObjectFault},
+    offload::{Stage, format::ObjectId, store::faulty::ObjectFault},
 };
 
 /// Everything the list names is in the store, whole; nothing it names was swept.
@@ -161,4 +162,81 @@ async fn uncertain_metadata_writes_never_cost_the_only_copy() {
         sweep_and_check(&world, &cold, &node).await;
         assert_eq!(read_all(&log).await, before, "{first}");
     }
+}
+
+/// Uploads that fail again and again make one list change each. Whatever they do, a roll that publishing waits for comes next:
+/// no receipt takes longer than a write and a few changes of the list.
+#[tokio::test(start_paused = true)]
+async fn failing_uploads_never_hold_up_a_roll() {
+    for seed in 0..4u64 {
+        let (world, cold) = cold_world().await;
+        let node = world.node_with(|config| {
+            config.roll_bytes = 300;
+            config.offload_retry = Duration::from_millis(1);
+        });
+        let log = node.load().await;
+        log.create_cursor(SUB, crate::Start::Earliest).await.expect("made");
+        cold.faulty.set_down(true);
+        log.set_policy(TierPolicy { retention_ms: Some(1 << 40), ..eager() });
+        let mut producer = Producer::named(&log, "p", 1).await;
+        let mut longest = Duration::ZERO;
+        for n in 0..400u64 {
+            // Whoever wants everything offloaded now has failed uploads follow one another without a pause.
+            if n % 5 == 0 {
+                drop(log.offload_now(n % 10 == 0));
+            }
+            if n % 7 == seed {
+                let list = keys::segment_list(SEGMENT);
+                world.store.inject_below(list, Fault::Slow(Duration::from_millis(300)));
+            }
+            // A ledger that fails in the middle of it all: nothing is stored before it is followed by another.
+            if n % 50 == 10 * seed {
+                for bookie in [1, 2] {
+                    world.kill(bookie);
+                }
+                pass(0.2).await;
+                for bookie in [1, 2] {
+                    world.start(bookie);
+                }
+            }
+            pass(0.05).await;
+            let begun = tokio::time::Instant::now();
+            let stored = producer.send(&log, n % 3 + 1).await.expect("stored");
+            log.settle(SUB, crate::Settlement::UpTo(stored.base_offset.expect("new")))
+                .await
+                .expect("settled");
+            longest = longest.max(begun.elapsed());
+        }
+        assert!(longest < Duration::from_secs(5), "seed {seed}: {longest:?}");
+        assert!(node.metrics.upload_failures.get() > 20, "{}", node.metrics.upload_failures.get());
+        assert!(world.list().await.data.len() > 10);
+        let before = read_all(&log).await;
+        cold.faulty.set_down(false);
+        pass(60.0).await;
+        assert_eq!(read_all(&log).await, before);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_object_that_no_list_names_is_found_behind_more_of_those_that_one_does() {
+    // X4: a pass looks at a bounded number of candidates, and what the list names is none.
+    let (world, cold) = cold_world().await;
+    let node = world.cold_node();
+    let log = node.load().await;
+    fill(&log).await;
+    log.set_policy(eager());
+    world.until_all(Stage::Uploaded).await;
+    let named = cold.names().await;
+    assert!(named.len() > 8, "more than the pass below removes: {}", named.len());
+    let ledger = world.list().await.data.last().expect("there are many").id;
+    let orphan = ObjectId { segment: SEGMENT, ledger, uuid: [0xff; 16], part: 0 }.name();
+    cold.memory
+        .put(&Path::from(format!("test/{orphan}")), "nobody's".into())
+        .await
+        .expect("written");
+    assert_eq!(cold.names().await.last(), Some(&orphan), "the last one listed");
+    let newest = cold.storage.modified_ms(&orphan).await;
+    world.clock.set(Timestamp(newest + 25 * 3_600_000));
+    assert_eq!(node.ledgers.sweep_at_most(SEGMENT, 8).await.expect("swept"), 1);
+    assert_eq!(cold.names().await, named);
 }

@@ -158,3 +158,55 @@ async fn a_deleted_segment_leaves_its_objects_to_the_janitor() {
     assert_eq!(node.ledgers.sweep_objects(SEGMENT).await.expect("swept"), names.len());
     assert!(cold.names().await.is_empty());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_trim_that_reads_for_long_makes_way_for_a_roll() {
+    // M1: changes of the list go one at a time, and publishing may wait for the next one.
+    let (world, _cold) = cold_world().await;
+    let node = world.cold_node();
+    let log = node.load().await;
+    log.create_cursor(SUB, Start::Earliest).await.expect("made");
+    let mut producer = fill(&log).await;
+    settle_all(&log).await;
+    pass(1.0).await;
+    let all = world.list().await.data.len();
+    world.slow_reads(Duration::from_secs(4));
+    log.set_policy(TierPolicy::default());
+    pass(0.1).await;
+    let rolls = node.metrics.rolls.get();
+    for _ in 0..60 {
+        producer.send(&log, 1).await.expect("stored");
+    }
+    pass(1.0).await;
+    assert!(node.metrics.rolls.get() > rolls, "the trim reads on");
+    assert!(world.list().await.data.len() >= all);
+    world.slow_reads(Duration::ZERO);
+    pass(60.0).await;
+    settle_all(&log).await;
+    pass(60.0).await;
+    assert!(world.list().await.data.len() < all, "it is tried again");
+    world.check_metadata().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_seek_under_way_holds_what_it_goes_back_to() {
+    // M3
+    let (world, _cold) = cold_world().await;
+    let node = world.cold_node();
+    let log = node.load().await;
+    log.create_cursor(SUB, Start::Earliest).await.expect("made");
+    fill(&log).await;
+    settle_all(&log).await;
+    for bookie in world.bookies.values() {
+        bookie.set_mode(geminga_bookie_client::bookie_rpc::memory::AddMode::Busy);
+    }
+    let seek = log.settle(SUB, Settlement::Reset(Offset(100)));
+    log.set_policy(TierPolicy::default());
+    pass(15.0).await;
+    for bookie in world.bookies.values() {
+        bookie.set_mode(geminga_bookie_client::bookie_rpc::memory::AddMode::Writable);
+    }
+    let at = seek.await.expect("durable");
+    assert_eq!((at, log.first_offset() <= at), (Offset(100), true));
+    assert!(log.read(at, 100, 1).await.expect("kept")[0].base_offset <= at);
+}
