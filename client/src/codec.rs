@@ -159,53 +159,5 @@ mod tests {
                 prop_assert_eq!(record.event_time_ms, message.event_time_ms);
             }
         }
-
-        #[test]
-        fn foreign_bytes_are_an_error_never_a_panic(
-            bytes in prop::collection::vec(any::<u8>(), 0..200),
-            declared in 0u32..10_000,
-            codec in 0i32..3,
-        ) {
-            let codec = Codec::try_from(codec).expect("a codec");
-            for count in 0..4 {
-                if let Ok(records) = decode(codec, declared, count, bytes.clone().into()) {
-                    prop_assert_eq!(records.len(), count as usize);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_bomb_is_refused_at_its_declared_size() {
-        let bomb = vec![0u8; 5_000_000];
-        for compression in [Compression::Lz4, Compression::Zstd] {
-            let (codec, packed) = compress(bomb.clone().into(), compression);
-            assert!(packed.len() < 50_000);
-            assert!(decode(codec, 100, 1, packed.clone()).is_err(), "more than it declares");
-            assert!(decode(codec, 6_000_000, 1, packed.clone()).is_err(), "less than it declares");
-            assert!(
-                decode(codec, u32::MAX, 1, packed).is_err(),
-                "declares more than a batch may have"
-            );
-        }
-    }
-
-    #[test]
-    fn the_records_of_a_batch_are_as_many_as_it_says() {
-        let mut batch = BytesMut::new();
-        for _ in 0..3 {
-            put_record(&mut batch, &Message::default()); // two bytes each: a batch can hold millions
-        }
-        let plain = batch.freeze();
-        assert_eq!(plain.len(), 6);
-        assert_eq!(decode(Codec::Unspecified, 6, 3, plain.clone()).expect("good").len(), 3);
-        for (declared, count) in [(6, 2), (6, 4), (5, 3), (7, 3)] {
-            assert!(matches!(
-                decode(Codec::Unspecified, declared, count, plain.clone()),
-                Err(Error::Damaged(_))
-            ));
-        }
-        let cut = plain.slice(..5);
-        assert!(matches!(decode(Codec::Unspecified, 5, 3, cut), Err(Error::Damaged(_))));
     }
 }

@@ -10,15 +10,14 @@ use std::{
 };
 
 use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use geminga_broker::dispatcher::{
-    Action, Batch, Change, Core, CoreLimits, DeadLetter, Decision, HeldBy, KeyRange, Kind, Lease,
-    Owner, Policy, Presented, RangeSet, ReadOf, RecordFailed, Redelivery, Restored, SettleRefused,
-    Verb,
+use geminga_broker::{
+    dispatcher::{
+        Action, Batch, Change, Core, CoreLimits, DeadLetter, Decision, HeldBy, Kind, Owner, Policy,
+        Presented, ReadOf, RecordFailed, SettleRefused, Verb,
+    },
+    subscription::durable::{lease_record, restored, settlement},
 };
-use geminga_managed_ledger::{
-    DeadLetter as StoredDeadLetter, KeyOwner, LeaseRecord, ManagedLedger,
-    Redelivery as StoredRedelivery, Settlement, Start, Status, StoredBatch,
-};
+use geminga_managed_ledger::{Settlement, Start, Status, StoredBatch};
 use geminga_proto::ids::{Offset, SubscriptionId};
 use geminga_runtime::{clock::Clock, random::Random};
 use tokio::time::{Instant, sleep, timeout};
@@ -218,7 +217,7 @@ impl<'a> Dispatch<'a> {
         serving: &'a Serving,
         random: Random,
     ) -> Option<Self> {
-        let restored = restored(&serving.ledger)?;
+        let restored = restored(&serving.ledger, ID)?;
         let plan = &subscription.plan;
         let policy = Policy {
             kind: plan.kind,
@@ -627,97 +626,3 @@ impl<'a> Dispatch<'a> {
 
 /// The reason of rejects.
 const REJECTED: &str = "rejected by the simulation";
-
-fn half_open(ranges: &[(Offset, Offset)]) -> Vec<(u64, u64)> {
-    ranges.iter().map(|(first, last)| (first.0, last.0 + 1)).collect()
-}
-
-fn inclusive(runs: &[(u64, u64)]) -> Vec<(Offset, Offset)> {
-    runs.iter().map(|(start, end)| (Offset(*start), Offset(end - 1))).collect()
-}
-
-fn lease_record(lease: Lease) -> LeaseRecord {
-    LeaseRecord {
-        consumer: lease.consumer,
-        name: lease.name,
-        ranges: inclusive(&lease.runs),
-        attempt: lease.attempt,
-        left_ms: lease.left_ms,
-    }
-}
-
-/// The state as it is durable.
-fn restored(ledger: &ManagedLedger) -> Option<Restored> {
-    let (cursor, view) = (ledger.cursor(ID)?, ledger.redelivery(ID)?);
-    let mut settled = RangeSet::default();
-    for (first, last) in &cursor.holes {
-        settled.insert(first.0, last.0 + 1);
-    }
-    let pending = view.pending.iter().map(|of| Redelivery {
-        start: of.first.0,
-        end: of.last.0 + 1,
-        attempt: of.attempt,
-        due_ms: of.due_ms,
-    });
-    let leases = view.leases.iter().map(|lease| Lease {
-        consumer: lease.consumer,
-        name: lease.name.clone(),
-        runs: half_open(&lease.ranges),
-        attempt: lease.attempt,
-        left_ms: lease.left_ms,
-    });
-    let dead = view.dead.iter().map(|letter| DeadLetter {
-        number: letter.number,
-        offset: letter.offset.0,
-        attempt: letter.attempt,
-        reason: letter.reason.clone(),
-    });
-    let keys = view.keys.iter().map(|of| KeyRange {
-        first: of.first,
-        last: of.last,
-        consumer: of.consumer.clone(),
-    });
-    Some(Restored {
-        mark_delete: cursor.mark_delete_next.0,
-        settled,
-        pending: pending.collect(),
-        leases: leases.collect(),
-        dead: dead.collect(),
-        dead_letters: view.dead_letters,
-        keys: keys.collect(),
-    })
-}
-
-fn settlement(change: Change) -> Settlement {
-    match change {
-        Change::Accept(runs) => Settlement::Accept(inclusive(&runs)),
-        Change::UpTo(end) => Settlement::UpTo(Offset(end.saturating_sub(1))),
-        Change::Redeliver(items) => {
-            let stored = items.into_iter().map(|item| StoredRedelivery {
-                first: Offset(item.start),
-                last: Offset(item.end - 1),
-                attempt: item.attempt,
-                due_ms: item.due_ms,
-            });
-            Settlement::Redeliver(stored.collect())
-        }
-        Change::DeadLetter(letters) => {
-            let stored = letters.into_iter().map(|letter| StoredDeadLetter {
-                number: letter.number,
-                offset: Offset(letter.offset),
-                attempt: letter.attempt,
-                reason: letter.reason,
-            });
-            Settlement::DeadLetter(stored.collect())
-        }
-        Change::Keys(table) => {
-            let stored = table.into_iter().map(|range| KeyOwner {
-                first: range.first,
-                last: range.last,
-                consumer: range.consumer,
-            });
-            Settlement::Keys(stored.collect())
-        }
-        Change::Reset(to) => Settlement::Reset(Offset(to)),
-    }
-}

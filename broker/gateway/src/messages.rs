@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use axum::{
     Json, Router,
     extract::Request,
-    http::{HeaderMap, header::CONTENT_TYPE, request::Parts},
+    http::{HeaderMap, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -30,7 +30,7 @@ use crate::{
     Gateway,
     answer::Refused,
     events, guard, json,
-    resources::{body_fields, query, subscription, topic},
+    resources::{asked_fields, body_fields, query, subscription, topic},
 };
 
 /// Messages in one publish call.
@@ -317,8 +317,9 @@ async fn pull<P, S: Subscriber, A>(
 ) -> Result<Value, Refused> {
     let mut taken = guard::take(request, &gateway.bodies, gateway.body_bytes_max).await?;
     let (topic, subscription) = subscription(&mut taken.parts).await?;
-    let message = asked::<PullRequest>(&taken.parts, &taken.body, "geminga.v1.PullRequest")?;
-    let message = PullRequest { topic, subscription, ..message };
+    let of = json::descriptor("geminga.v1.PullRequest");
+    let fields = asked_fields(&taken, &of)?;
+    let message = PullRequest { topic, subscription, ..json::read(of, fields)? };
     let pulled = gateway.subscriber.pull(guard::call(&taken.parts, message)).await?.into_inner();
     let events = events::wanted(&taken.parts.headers);
     shown(pulled.segment, &pulled.deliveries, events)
@@ -356,16 +357,6 @@ async fn peek<P, S: Subscriber, A>(
         "next_offset": peeked.next_offset,
         "messages": messages,
     }))
-}
-
-/// A request message from body and query.
-fn asked<M: Message + Default>(parts: &Parts, body: &[u8], name: &str) -> Result<M, Refused> {
-    let of = json::descriptor(name);
-    let mut fields = body_fields(body)?;
-    for (name, text) in query(parts.uri.query().unwrap_or_default()) {
-        json::put(&mut fields, &of, &name, &text)?;
-    }
-    json::read(of, fields)
 }
 
 /// The delivered messages, one by one.

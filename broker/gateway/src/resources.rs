@@ -14,10 +14,16 @@ use geminga_proto::{
     v1::subscriber_server::Subscriber,
 };
 use prost::Message;
+use prost_reflect::MessageDescriptor;
 use serde_json::{Map, Value};
 use tonic::Status;
 
-use crate::{Gateway, answer::Refused, guard, json};
+use crate::{
+    Gateway,
+    answer::Refused,
+    guard::{self, Taken},
+    json,
+};
 
 /// A field of the request that the path gives, and the parts of the path that make it, joined by `/`.
 type PathField = (&'static str, &'static [&'static str]);
@@ -121,10 +127,7 @@ impl Row {
         let answered = async {
             let mut taken = guard::take(request, &gateway.bodies, gateway.body_bytes_max).await?;
             let of = json::descriptor(self.request);
-            let mut fields = body_fields(&taken.body)?;
-            for (name, text) in query(taken.parts.uri.query().unwrap_or_default()) {
-                json::put(&mut fields, &of, &name, &text)?;
-            }
+            let mut fields = asked_fields(&taken, &of)?;
             for (field, text) in path_fields(&mut taken.parts, self.fields).await? {
                 fields.insert(field.to_owned(), text.into());
             }
@@ -188,6 +191,21 @@ pub(crate) fn body_fields(body: &[u8]) -> Result<Map<String, Value>, Refused> {
     }
     serde_json::from_slice(body)
         .map_err(|error| Refused::request(format!("the body is no JSON object: {error}")))
+}
+
+/// What body and query say of a request.
+///
+/// # Errors
+/// INVALID_REQUEST.
+pub(crate) fn asked_fields(
+    taken: &Taken,
+    of: &MessageDescriptor,
+) -> Result<Map<String, Value>, Refused> {
+    let mut fields = body_fields(&taken.body)?;
+    for (name, text) in query(taken.parts.uri.query().unwrap_or_default()) {
+        json::put(&mut fields, of, &name, &text)?;
+    }
+    Ok(fields)
 }
 
 /// The pairs of a query, decoded.

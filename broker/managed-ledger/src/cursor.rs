@@ -18,7 +18,7 @@ use crate::{
     mark_delete::MarkDelete,
     redelivery::{self, CONSUMER_BYTES_MAX, RedeliveryState},
     run_map::RunMap,
-    types::{CursorView, KeyOwner, LeaseRecord, RedeliveryView, Settlement},
+    types::{CursorView, DeadLetterCounts, KeyOwner, LeaseRecord, RedeliveryView, Settlement},
 };
 
 /// The largest record of one change, bytes: a group and one record are far below an entry's limit.
@@ -399,6 +399,12 @@ impl Cursor {
     #[must_use]
     pub fn redelivery(&self) -> RedeliveryView {
         self.redelivery.view(self.reset_epoch)
+    }
+
+    /// Dead-letter decisions so far.
+    #[must_use]
+    pub fn dead_letters(&self) -> DeadLetterCounts {
+        self.redelivery.dead_letter_counts()
     }
 }
 

@@ -49,7 +49,7 @@ pub use offload::{
 pub use redelivery::{CONSUMER_BYTES_MAX, REASON_BYTES_MAX};
 pub use segment::ManagedLedger;
 pub use types::{
-    Access, Claim, CursorView, DeadLetter, KeyOwner, LeaseRecord, Outcome, ProducerIdentity,
-    ProducerOpen, ProducerOpened, PublishBatch, Redelivery, RedeliveryView, Settlement, Start,
-    Stats, Status, Stored, StoredBatch, TierProgress, TierStatus,
+    Access, Claim, CursorView, DeadLetter, DeadLetterCounts, KeyOwner, LeaseRecord, Outcome,
+    ProducerIdentity, ProducerOpen, ProducerOpened, PublishBatch, Redelivery, RedeliveryView,
+    Settlement, Start, Stats, Status, Stored, StoredBatch, TierProgress, TierStatus,
 };

@@ -24,7 +24,7 @@ use geminga_proto::{
 
 use crate::{
     run_map::RunMap,
-    types::{DeadLetter, KeyOwner, LeaseRecord, Redelivery, RedeliveryView},
+    types::{DeadLetter, DeadLetterCounts, KeyOwner, LeaseRecord, Redelivery, RedeliveryView},
 };
 
 /// The longest reason of a dead-letter decision, bytes; longer ones are cut.
@@ -299,6 +299,11 @@ impl RedeliveryState {
             .collect();
         dead.sort_unstable_by_key(|dead| dead.number);
         dead
+    }
+
+    /// Without the state that [`Self::view`] copies.
+    pub(crate) fn dead_letter_counts(&self) -> DeadLetterCounts {
+        DeadLetterCounts { decided: self.dead_letters, waiting: !self.dead.is_empty() }
     }
 
     /// What callers see.

@@ -180,6 +180,15 @@ pub struct DeadLetter {
     pub reason: String,
 }
 
+/// Dead-letter decisions of a cursor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeadLetterCounts {
+    /// The number of the last decision.
+    pub decided: u64,
+    /// Some are not settled: their copies may be missing.
+    pub waiting: bool,
+}
+
 /// Who gets the messages whose key hash is in `first..=last`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyOwner {

@@ -464,7 +464,6 @@ impl Ownership {
                 family.clear();
             }
             let now_ms = self.inner.parts.catalog.now_ms();
-            metrics.blocked.clear();
             // A cause that holds nothing up now is a zero, not a gap.
             for by in (2..).map_while(|number| HeldBy::try_from(number).ok()) {
                 metrics.blocked.get_or_create(&BlockedBy { by: by.as_str_name() }).set(0);

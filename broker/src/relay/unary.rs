@@ -7,10 +7,11 @@ use geminga_proto::{
     reason::Reason,
     v1::{
         OwnerHint, PeekRequest, PeekResponse, PublishRequest, PublishResponse, PullRequest,
-        PullResponse, SettleRequest, SettleResponse,
+        PullResponse, SettleRequest, SettleResponse, subscriber_client::SubscriberClient,
     },
 };
 use tokio::time::{sleep, timeout};
+use tonic::transport::Channel;
 
 use super::relayed;
 use crate::{
@@ -19,6 +20,8 @@ use crate::{
     listener::Connection,
     ownership::{Found, loading, not_owner},
 };
+
+type Subscribers = SubscriberClient<Channel>;
 
 /// Owners that one call is passed on to; each but the last said that it is not.
 const OWNERS_MAX: u32 = 5;
@@ -64,14 +67,8 @@ pub(crate) async fn settle(
     (id, owner): (SegmentId, OwnerHint),
     request: SettleRequest,
 ) -> Result<SettleResponse, Refusal> {
-    at_owner(shared, connection, (id, owner), |address| {
-        let request = relayed(request.clone(), connection.principal());
-        async move {
-            let answer = shared.peers.subscriber(&address).await?.settle(request).await;
-            answer.map_err(|status| shared.peers.failed(&address, &status))
-        }
-    })
-    .await
+    let call = |mut client: Subscribers, request| async move { client.settle(request).await };
+    at_subscriber(shared, connection, (id, owner), request, call).await
 }
 
 /// Passes a pull on. Its segment is named.
@@ -84,14 +81,8 @@ pub(crate) async fn pull(
     (id, owner): (SegmentId, OwnerHint),
     request: PullRequest,
 ) -> Result<PullResponse, Refusal> {
-    at_owner(shared, connection, (id, owner), |address| {
-        let request = relayed(request.clone(), connection.principal());
-        async move {
-            let answer = shared.peers.subscriber(&address).await?.pull(request).await;
-            answer.map_err(|status| shared.peers.failed(&address, &status))
-        }
-    })
-    .await
+    let call = |mut client: Subscribers, request| async move { client.pull(request).await };
+    at_subscriber(shared, connection, (id, owner), request, call).await
 }
 
 /// Passes a peek on.
@@ -104,10 +95,27 @@ pub(crate) async fn peek(
     (id, owner): (SegmentId, OwnerHint),
     request: PeekRequest,
 ) -> Result<PeekResponse, Refusal> {
-    at_owner(shared, connection, (id, owner), |address| {
+    let call = |mut client: Subscribers, request| async move { client.peek(request).await };
+    at_subscriber(shared, connection, (id, owner), request, call).await
+}
+
+/// A call of the owner's `Subscriber`.
+async fn at_subscriber<Q, T, A>(
+    shared: &Shared,
+    connection: &Connection,
+    place: (SegmentId, OwnerHint),
+    request: Q,
+    call: impl Fn(Subscribers, tonic::Request<Q>) -> A,
+) -> Result<T, Refusal>
+where
+    Q: Clone,
+    A: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+{
+    at_owner(shared, connection, place, |address| {
         let request = relayed(request.clone(), connection.principal());
+        let call = &call;
         async move {
-            let answer = shared.peers.subscriber(&address).await?.peek(request).await;
+            let answer = call(shared.peers.subscriber(&address).await?, request).await;
             answer.map_err(|status| shared.peers.failed(&address, &status))
         }
     })

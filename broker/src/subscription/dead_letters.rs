@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use prost::Message;
 use tokio::time::sleep;
 
-use super::{Command, durable};
+use super::Command;
 use crate::{
     catalog::Subscription, context::Shared, dispatcher::DeadLetter, errors::Refusal, lifecycle,
     listener::Connection, ownership::Segment, publish, storage_errors,
@@ -209,7 +209,7 @@ fn part(name: &str) -> &str {
 
 /// Decisions so far on a segment that is here.
 pub(crate) fn decided(segment: &Segment, id: SubscriptionId) -> u64 {
-    durable::dead_letters(segment.ledger(), id)
+    segment.ledger().dead_letters(id).map_or(0, |letters| letters.decided)
 }
 
 /// Dead letters whose copy is not stored are published by whoever has the segment, also when nobody consumes: looks through
@@ -219,7 +219,7 @@ pub(crate) async fn resume(shared: Shared) {
     loop {
         for segment in shared.ownership.served() {
             for (id, name) in segment.subscriptions() {
-                if durable::has_dead_letters(segment.ledger(), id)
+                if segment.ledger().dead_letters(id).is_some_and(|letters| letters.waiting)
                     && segment.dispatchers().seen(id).is_none()
                     && let Err(refusal) = start(&shared, &segment, &name).await
                 {

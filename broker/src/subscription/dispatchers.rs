@@ -155,18 +155,13 @@ impl Dispatchers {
             return false;
         }
         commands.close();
-        if entries.get(&id).is_some_and(|entry| entry.commands.is_closed()) {
-            entries.remove(&id);
-        }
+        remove_closed(&mut entries, id);
         true
     }
 
     /// A dispatcher has ended.
     pub(super) fn forget(&self, id: SubscriptionId) {
-        let mut entries = self.entries.lock();
-        if entries.get(&id).is_some_and(|entry| entry.commands.is_closed()) {
-            entries.remove(&id);
-        }
+        remove_closed(&mut self.entries.lock(), id);
     }
 
     /// Hands a command to a dispatcher that runs. False: none does, or its queue is full.
@@ -202,6 +197,13 @@ impl Dispatchers {
             }
         });
         futures::future::join_all(stops).await;
+    }
+}
+
+/// Its successor may be there already: that one stays.
+fn remove_closed(entries: &mut BTreeMap<SubscriptionId, Entry>, id: SubscriptionId) {
+    if entries.get(&id).is_some_and(|entry| entry.commands.is_closed()) {
+        entries.remove(&id);
     }
 }
 

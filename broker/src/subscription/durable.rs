@@ -11,7 +11,8 @@ use crate::dispatcher::{
 };
 
 /// The subscription's state as it is durable; none when it has no cursor.
-pub(super) fn restored(ledger: &ManagedLedger, id: SubscriptionId) -> Option<Restored> {
+#[must_use]
+pub fn restored(ledger: &ManagedLedger, id: SubscriptionId) -> Option<Restored> {
     let cursor = ledger.cursor(id)?;
     let view = ledger.redelivery(id)?;
     let mut settled = RangeSet::default();
@@ -54,7 +55,8 @@ pub(super) fn restored(ledger: &ManagedLedger, id: SubscriptionId) -> Option<Res
 }
 
 /// What the cursor log is to hold.
-pub(super) fn settlement(change: Change) -> Settlement {
+#[must_use]
+pub fn settlement(change: Change) -> Settlement {
     match change {
         Change::Accept(runs) => Settlement::Accept(inclusive(&runs)),
         Change::UpTo(end) => Settlement::UpTo(Offset(end.saturating_sub(1))),
@@ -93,15 +95,17 @@ pub(super) fn exact_leases(leases: Vec<Lease>, kind: Kind) -> Option<Settlement>
     if !kind.is_shared() {
         return None;
     }
-    Some(Settlement::Leases(leases.into_iter().map(record).collect()))
+    Some(Settlement::Leases(leases.into_iter().map(lease_record).collect()))
 }
 
 /// L2: without waiting.
 pub(super) fn log_leases(ledger: &ManagedLedger, id: SubscriptionId, leases: Vec<Lease>) {
-    ledger.log_leases(id, leases.into_iter().map(record).collect());
+    ledger.log_leases(id, leases.into_iter().map(lease_record).collect());
 }
 
-fn record(lease: Lease) -> LeaseRecord {
+/// A lease as the cursor log holds it.
+#[must_use]
+pub fn lease_record(lease: Lease) -> LeaseRecord {
     LeaseRecord {
         consumer: lease.consumer,
         name: lease.name,
@@ -109,21 +113,6 @@ fn record(lease: Lease) -> LeaseRecord {
         attempt: lease.attempt,
         left_ms: lease.left_ms,
     }
-}
-
-/// The key that signs this segment's handles.
-pub(super) fn handle_key(ledger: &ManagedLedger) -> [u8; 32] {
-    ledger.handle_key()
-}
-
-/// Decisions so far.
-pub(super) fn dead_letters(ledger: &ManagedLedger, id: SubscriptionId) -> u64 {
-    ledger.redelivery(id).map_or(0, |view| view.dead_letters)
-}
-
-/// Whether the copy of a dead letter may be missing.
-pub(super) fn has_dead_letters(ledger: &ManagedLedger, id: SubscriptionId) -> bool {
-    ledger.redelivery(id).is_some_and(|view| !view.dead.is_empty())
 }
 
 fn inclusive(runs: &[(u64, u64)]) -> Vec<(Offset, Offset)> {

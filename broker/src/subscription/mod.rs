@@ -9,7 +9,7 @@ mod calls;
 mod dead_letters;
 mod delayed;
 mod dispatchers;
-mod durable;
+pub mod durable;
 mod gate;
 mod handle;
 mod reader;

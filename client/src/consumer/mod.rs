@@ -61,8 +61,28 @@ use crate::{
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Most messages of credit: each one may come as a delivery of its own.
 const WINDOW_MESSAGES_MAX: u64 = 100_000;
-const WINDOW_MESSAGES: u64 = 20_000;
-const WINDOW_BYTES: u64 = 8 * 1024 * 1024;
+
+/// The credit a segment: messages and bytes that may be delivered and not handed out.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    messages: u64,
+    bytes: u64,
+}
+
+impl Window {
+    fn new(messages: u64, bytes: u64) -> Self {
+        Self {
+            messages: messages.clamp(1, WINDOW_MESSAGES_MAX),
+            bytes: bytes.clamp(64 * 1024, 1 << 30),
+        }
+    }
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self { messages: 20_000, bytes: 8 * 1024 * 1024 }
+    }
+}
 
 /// Where a new subscription begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,8 +114,7 @@ pub struct ConsumerBuilder {
     create_topic: bool,
     settings: Option<SubscriptionSettings>,
     segments: Option<Vec<u32>>,
-    window_messages: u64,
-    window_bytes: u64,
+    window: Window,
     processing_time_max: Duration,
 }
 
@@ -110,8 +129,7 @@ impl ConsumerBuilder {
             create_topic: false,
             settings: None,
             segments: None,
-            window_messages: WINDOW_MESSAGES,
-            window_bytes: WINDOW_BYTES,
+            window: Window::default(),
             processing_time_max: Duration::from_secs(300),
         }
     }
@@ -166,8 +184,7 @@ impl ConsumerBuilder {
     /// between 64 KiB and 1 GiB. Default 20,000 messages, 8 MiB.
     #[must_use]
     pub fn window(mut self, messages: u64, bytes: u64) -> Self {
-        self.window_messages = messages.clamp(1, WINDOW_MESSAGES_MAX);
-        self.window_bytes = bytes.clamp(64 * 1024, 1 << 30);
+        self.window = Window::new(messages, bytes);
         self
     }
 
@@ -192,8 +209,7 @@ impl ConsumerBuilder {
             topic,
             target,
             name,
-            window_messages: self.window_messages,
-            window_bytes: self.window_bytes,
+            window: self.window,
             open_by: Instant::now() + self.parts.open_timeout,
         };
         let sources = Sources::open(self.parts, settings, self.create_topic, self.segments).await?;

@@ -13,7 +13,7 @@ use geminga_proto::{
 use tokio::time::Instant;
 
 use super::{
-    Sources, Start, WINDOW_BYTES, WINDOW_MESSAGES, WINDOW_MESSAGES_MAX, random_name,
+    Sources, Start, Window, random_name,
     segment_stream::{Settings, Target},
 };
 use crate::{
@@ -55,20 +55,12 @@ pub struct ReaderBuilder {
     topic: String,
     from: Position,
     segments: Option<Vec<u32>>,
-    window_messages: u64,
-    window_bytes: u64,
+    window: Window,
 }
 
 impl ReaderBuilder {
     pub(crate) fn new(parts: Parts, topic: String) -> Self {
-        Self {
-            parts,
-            topic,
-            from: Position::default(),
-            segments: None,
-            window_messages: WINDOW_MESSAGES,
-            window_bytes: WINDOW_BYTES,
-        }
+        Self { parts, topic, from: Position::default(), segments: None, window: Window::default() }
     }
 
     /// Where reading begins. Default: with the oldest message kept.
@@ -89,8 +81,7 @@ impl ReaderBuilder {
     /// between 64 KiB and 1 GiB. Default 20,000 messages, 8 MiB.
     #[must_use]
     pub fn window(mut self, messages: u64, bytes: u64) -> Self {
-        self.window_messages = messages.clamp(1, WINDOW_MESSAGES_MAX);
-        self.window_bytes = bytes.clamp(64 * 1024, 1 << 30);
+        self.window = Window::new(messages, bytes);
         self
     }
 
@@ -103,8 +94,7 @@ impl ReaderBuilder {
             topic: topic_name(&self.topic)?,
             target: Target::Reader(self.from.on_the_wire()),
             name: random_name(&self.parts)?,
-            window_messages: self.window_messages,
-            window_bytes: self.window_bytes,
+            window: self.window,
             open_by: Instant::now() + self.parts.open_timeout,
         };
         Ok(Reader(Sources::open(self.parts, settings, false, self.segments).await?))

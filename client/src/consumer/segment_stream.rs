@@ -22,6 +22,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::{
+    Window,
     desk::Desk,
     settles::{Settles, millis},
     source::ranges_of,
@@ -76,9 +77,7 @@ pub(super) struct Settings {
     pub(super) topic: TopicName,
     pub(super) target: Target,
     pub(super) name: ConsumerName,
-    /// The credit: messages and bytes that may be delivered and not handed out.
-    pub(super) window_messages: u64,
-    pub(super) window_bytes: u64,
+    pub(super) window: Window,
     pub(super) open_by: Instant,
 }
 
@@ -574,10 +573,10 @@ impl SegmentStream {
 impl OpenLine {
     /// Grants what was handed out again, once that is half the window.
     fn grant(&mut self, settings: &Settings, taken_messages: u64, taken_bytes: u64) {
-        let messages = taken_messages + settings.window_messages;
-        let bytes = taken_bytes + settings.window_bytes;
-        let enough = messages >= self.granted_messages + settings.window_messages.div_ceil(2)
-            || bytes >= self.granted_bytes + settings.window_bytes.div_ceil(2);
+        let messages = taken_messages + settings.window.messages;
+        let bytes = taken_bytes + settings.window.bytes;
+        let enough = messages >= self.granted_messages + settings.window.messages.div_ceil(2)
+            || bytes >= self.granted_bytes + settings.window.bytes.div_ceil(2);
         if !enough || self.leave_by.is_some() {
             return;
         }

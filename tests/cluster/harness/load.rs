@@ -13,7 +13,7 @@ use geminga_client::{Client, Error, Message, Retry, Start};
 use tokio::{task::JoinHandle, time::Instant};
 
 use super::{
-    Cluster, PATIENCE, eventually,
+    Cluster, PATIENCE, eventually, eventually_ok,
     history::{Delivered, History, Outcome, Sent, key_of, value_of},
 };
 
@@ -97,19 +97,15 @@ impl Load {
     pub(crate) async fn goes_on(&self, when: &str) {
         let (acknowledged, delivered) =
             (self.acknowledged(), self.delivered.load(Ordering::SeqCst));
-        let deadline = Instant::now() + PATIENCE;
-        loop {
+        eventually_ok(async || {
             let receipts = self.acknowledged() - acknowledged;
             let deliveries = self.delivered.load(Ordering::SeqCst) - delivered;
-            if receipts > 100 && deliveries > 100 {
-                return;
-            }
-            assert!(
-                Instant::now() < deadline,
-                "stuck for {PATIENCE:?}, {receipts} new receipts and {deliveries} deliveries: {when}"
-            );
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+            let enough = receipts > 100 && deliveries > 100;
+            enough.then_some(()).ok_or_else(|| {
+                format!("{receipts} new receipts and {deliveries} deliveries only: {when}")
+            })
+        })
+        .await;
     }
 
     /// Ends the load, waits until every message sent has its outcome and every acknowledged one was delivered, reads the

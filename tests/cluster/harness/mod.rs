@@ -28,12 +28,18 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// # Panics
 /// With `what` when it does not within [`PATIENCE`].
 pub(crate) async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+    eventually_ok(async || condition().await.ok_or_else(|| what.to_owned())).await
+}
+
+/// As [`eventually`]; until it gives something, `condition` says what is missing.
+pub(crate) async fn eventually_ok<T>(mut condition: impl AsyncFnMut() -> Result<T, String>) -> T {
     let deadline = tokio::time::Instant::now() + PATIENCE;
     loop {
-        if let Some(found) = condition().await {
-            return found;
-        }
-        assert!(tokio::time::Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        let missing = match condition().await {
+            Ok(found) => return found,
+            Err(missing) => missing,
+        };
+        assert!(tokio::time::Instant::now() < deadline, "not within {PATIENCE:?}: {missing}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }

@@ -37,9 +37,9 @@ use crate::{
     offload::TierPolicy,
     read::View,
     types::{
-        CursorView, LeaseRecord, Outcome, ProducerOpen, ProducerOpened, PublishBatch,
-        RedeliveryView, Settlement, Start, Stats, Status, Stored, StoredBatch, TierProgress,
-        Waiting,
+        CursorView, DeadLetterCounts, LeaseRecord, Outcome, ProducerOpen, ProducerOpened,
+        PublishBatch, RedeliveryView, Settlement, Start, Stats, Status, Stored, StoredBatch,
+        TierProgress, Waiting,
     },
 };
 
@@ -230,6 +230,18 @@ impl ManagedLedger {
     #[must_use]
     pub fn redelivery(&self, subscription: SubscriptionId) -> Option<RedeliveryView> {
         self.shared.cursors.lock().get(&subscription).map(Cursor::redelivery)
+    }
+
+    /// How many messages of a cursor were decided to be dead letters, and whether some still wait for their copy.
+    #[must_use]
+    pub fn dead_letters(&self, subscription: SubscriptionId) -> Option<DeadLetterCounts> {
+        self.shared.cursors.lock().get(&subscription).map(Cursor::dead_letters)
+    }
+
+    /// The first offset that a cursor has not settled, as it is durable now.
+    #[must_use]
+    pub fn mark_delete_next(&self, subscription: SubscriptionId) -> Option<Offset> {
+        self.shared.cursors.lock().get(&subscription).map(Cursor::mark_delete_next)
     }
 
     /// Signs the handles of deliveries (L4): drawn once, the same for all owners of the segment. A secret.

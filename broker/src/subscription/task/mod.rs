@@ -106,7 +106,7 @@ pub(super) struct Dispatcher {
 
 enum Event {
     Woken,
-    Command(Option<Command>),
+    Command(Command),
     GoAway(GoAway),
     Done(Done),
     Read(ReadDone),
@@ -141,7 +141,7 @@ impl Dispatcher {
         let policy = wanted::policy(&subscription.settings);
         let core = Core::new(policy, core_limits, owner, restored, (end, now));
         Ok(Self {
-            signer: Signer::new(&durable::handle_key(ledger)),
+            signer: Signer::new(&ledger.handle_key()),
             id: subscription.id,
             name: subscription.name.clone(),
             settings: subscription.settings.clone(),
@@ -201,7 +201,6 @@ impl Dispatcher {
         let mut over = std::pin::pin!(shared.draining.over());
         loop {
             self.core.on_end(end.borrow_and_update().0);
-            self.core.on_time(self.shared.catalog.now_ms());
             self.look_at_cursor();
             self.step();
             if self.has_been_idle() && leave(commands) {
@@ -227,7 +226,7 @@ impl Dispatcher {
                 Some(done) = self.reads.next() => Event::Read(done),
                 number = wait_for(&mut self.publishing) => Event::Published(number),
                 () = wait(&mut self.retry) => Event::Retry,
-                command = commands.recv() => Event::Command(command),
+                Some(command) = commands.recv() => Event::Command(command),
                 Some(frame) = self.inbound.next() => Event::Frame(frame),
                 changed = end.changed() => match changed {
                     Ok(()) => Event::Woken,
@@ -249,16 +248,15 @@ impl Dispatcher {
             return;
         }
         self.cursor_seen = Instant::now();
-        if let Some(cursor) = self.segment.ledger().cursor(self.id) {
-            self.core.on_cursor(cursor.mark_delete_next.0);
+        if let Some(next) = self.segment.ledger().mark_delete_next(self.id) {
+            self.core.on_cursor(next.0);
         }
     }
 
     fn apply(&mut self, event: Event) -> Result<(), Refusal> {
         match event {
             Event::Woken => {}
-            Event::Command(Some(command)) => self.command(command),
-            Event::Command(None) => {}
+            Event::Command(command) => self.command(command),
             Event::GoAway(go_away) => self.tell_all(go_away),
             Event::Done(done) => self.done(done)?,
             Event::Read(done) => self.read_done(done)?,
