@@ -219,6 +219,8 @@ impl Broker {
         });
         let driver = lifecycle::drive_stalled_subscriptions(Arc::clone(&shared));
         tasks.spawn("subscription driver", driver);
+        let settings = crate::subscription::keep_settings(Arc::clone(&shared));
+        tasks.spawn("settings keeper", settings);
         tasks.spawn("dead letters", crate::subscription::resume_dead_letters(Arc::clone(&shared)));
         tier::start(&shared, &store, tasks);
         let (server, killed) = (tasks.child("server"), CancellationToken::new());

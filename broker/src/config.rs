@@ -74,7 +74,7 @@ pub struct Limits {
     pub unacked_messages_max: u64,
     /// Of one consumer.
     pub unacked_per_consumer_max: u64,
-    /// Consumers of a subscription on one segment.
+    /// Consumers of a subscription on one segment, where no policy says how many.
     pub consumers_max: usize,
     /// Time that a consumer whose stream broke has to come back, and that consumers have after a crash of the owner (L4).
     pub consumer_grace: Duration,
@@ -95,7 +95,7 @@ pub struct Limits {
     pub publish_window_bytes: u64,
     /// Segments of one topic (one transaction creates them all).
     pub segments_max: u32,
-    /// Subscriptions of one topic.
+    /// Subscriptions of one topic, where no policy says how many.
     pub subscriptions_max: usize,
     /// Time that a subscription's creation or deletion may stand half done before it is driven on (C6).
     pub subscription_stall: Duration,
@@ -105,7 +105,8 @@ pub struct Limits {
     pub open_deadline: Duration,
     /// Time that an open or an admin call may wait for a segment to be loaded.
     pub load_deadline: Duration,
-    /// Time that a unary publish may wait for its share of the bytes in flight before it is refused as BUSY.
+    /// Time that a unary publish may wait for its share of the bytes in flight before it is refused as BUSY, and for its topic's
+    /// rate before it is refused as RATE_LIMITED.
     pub busy_after: Duration,
     /// Time that a unary publish or settle may wait for its record.
     pub unary_deadline: Duration,
@@ -113,6 +114,9 @@ pub struct Limits {
     pub keepalive_interval: Duration,
     /// Time for the answer to such a ping; then the connection ends.
     pub keepalive_timeout: Duration,
+    /// Age at which a publish, consume or watch stream is told to go, give or take a tenth (each draws its own): so clients
+    /// spread over brokers that came later, and credentials are looked at again.
+    pub stream_age_max: Duration,
     /// Time that a write to a connection may make no progress before the connection ends.
     pub write_stall_max: Duration,
 }
@@ -173,6 +177,7 @@ impl Default for Limits {
             unary_deadline: Duration::from_secs(30),
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(10),
+            stream_age_max: Duration::from_secs(3_600),
             write_stall_max: Duration::from_secs(60),
         }
     }

@@ -13,6 +13,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     auth::{Authorized, Gate},
@@ -20,7 +21,7 @@ use crate::{
     config::BrokerConfig,
     discovery::Hub,
     errors::Refusal,
-    listener::{Connection, StreamSlot},
+    listener::{Connection, Life, Outbox, OutboxStream, StreamSlot, outbox},
     metrics::Metrics,
     ownership::{Ownership, Segment},
     relay::{Peers, RelayBytes},
@@ -90,6 +91,64 @@ impl Context {
         }
     }
 
+    /// The life of a stream that begins now.
+    pub(crate) fn life(&self, heartbeat_ms: u32) -> Life {
+        Life::new(Instant::now(), heartbeat_ms, self.stream_age(), self.config.move_drain)
+    }
+
+    /// How old a stream that begins now may get: each another age, so that those that began together do not end together.
+    pub(crate) fn stream_age(&self) -> Duration {
+        let most = self.config.limits.stream_age_max;
+        let tenth = u64::try_from((most / 10).as_millis()).unwrap_or(u64::MAX / 4);
+        most - most / 10 + Duration::from_millis(self.random.below(2 * tenth + 1))
+    }
+
+    /// What a stream of a segment that is here, and stays, is told when it has until then: it may come back at once.
+    pub(crate) fn rotate(&self, segment: &Segment, by: Instant) -> GoAway {
+        let left = by.saturating_duration_since(Instant::now()).as_millis();
+        GoAway {
+            drain_by_ms: u32::try_from(left).unwrap_or(u32::MAX),
+            owner: Some(self.ownership.hint(segment.id(), 0)),
+        }
+    }
+
+    /// Opens a stream: a task of its own serves it, and has the last word. Its end is counted.
+    ///
+    /// # Errors
+    /// TOO_MANY_STREAMS.
+    pub(crate) fn serve_stream<F, R, S>(
+        self: &Arc<Self>,
+        kind: &'static str,
+        request: Request<Streaming<F>>,
+        serve: impl FnOnce(Shared, Connection, Streaming<F>, Outbox<R>) -> S + Send + 'static,
+    ) -> Result<Response<OutboxStream<R>>, Status>
+    where
+        F: Send + 'static,
+        R: Send + 'static,
+        S: Future<Output = Result<(), Refusal>> + Send,
+    {
+        let shared = Arc::clone(self);
+        let connection = Connection::of(&request, &shared.config.limits);
+        let slot = shared.stream_slot(&connection).map_err(|refusal| shared.refused(refusal))?;
+        let (sender, stream) = outbox(shared.config.limits.outbox_bytes_max);
+        let inbound = request.into_inner();
+        let task = async move {
+            let _slot = slot;
+            let _open = shared.metrics.stream(kind);
+            if let Err(refusal) = serve(Arc::clone(&shared), connection, inbound, sender).await {
+                shared.metrics.refuse(refusal.reason);
+                tracing::debug!(
+                    kind,
+                    reason = refusal.reason.as_str(),
+                    message = refusal.message,
+                    "stream ended"
+                );
+            }
+        };
+        self.streams.spawn(kind, task);
+        Ok(Response::new(stream))
+    }
+
     /// Runs a stream, but no longer than the broker has: open or not.
     pub(crate) async fn until_over(
         &self,
@@ -119,7 +178,7 @@ impl Context {
     }
 
     /// Counts a refusal on its way out.
-    pub(crate) fn refused(&self, refusal: Refusal) -> tonic::Status {
+    pub(crate) fn refused(&self, refusal: Refusal) -> Status {
         self.metrics.refuse(refusal.reason);
         tracing::debug!(
             reason = refusal.reason.as_str(),

@@ -28,6 +28,7 @@ mod discovery;
 pub mod dispatcher;
 pub mod errors;
 mod lifecycle;
+pub mod limits;
 pub mod listener;
 pub mod metrics;
 mod mirror;

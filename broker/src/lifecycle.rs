@@ -10,7 +10,7 @@ use geminga_proto::{
     admin::v1::CreateTopicRequest,
     ids::{SegmentId, TopicId},
     internal::v1::segment_request::{Delete, EnsureCursor, RemoveCursor, SettingsChanged, Verb},
-    names::{SubscriptionName, TopicName},
+    names::{NamespaceName, SubscriptionName, TopicName},
     reason::Reason,
     v1::SubscriptionSettings,
 };
@@ -18,7 +18,7 @@ use tokio::time::timeout;
 
 use crate::{
     auth::Principal,
-    catalog::{Catalog, Start, State, Subscription, Topic},
+    catalog::{Catalog, Limit, Start, State, Subscription, Topic},
     context::Shared,
     errors::Refusal,
     ownership::Segment,
@@ -29,11 +29,47 @@ use crate::{
 /// Tries to make a subscription ready; each lost one means that the layout or the key changed meanwhile.
 const TRIES_MAX: u32 = 16;
 
+/// Creates a topic where its namespace has room for it.
+///
+/// # Errors
+/// TOO_MANY_TOPICS; as [`create_topic_unlimited`].
+pub(crate) async fn create_topic(
+    context: &Shared,
+    name: &TopicName,
+    segments: u32,
+) -> Result<Topic, Refusal> {
+    if context.catalog.find_topic(name).await?.is_none() {
+        room_for_topic(context, name.namespace()).await?;
+    }
+    create_topic_unlimited(context, name, segments).await
+}
+
+/// Exact, up to creations at the same moment.
+async fn room_for_topic(context: &Shared, namespace: &NamespaceName) -> Result<(), Refusal> {
+    let set = context.catalog.set_policies_in(namespace).await?;
+    let Some(limit) = set.limit("topics_max") else { return Ok(()) };
+    if context.hub.topics_in(namespace).is_some_and(|seen| far_below(seen, limit)) {
+        return Ok(());
+    }
+    let topics = context.catalog.topic_count(namespace).await?;
+    if topics as u64 >= limit.most {
+        let message = format!("namespace {namespace} has {topics} topics");
+        return Err(limit.reached(Reason::TooManyTopics, "topics_max", &message));
+    }
+    Ok(())
+}
+
+/// Whether a number that was seen, and may be a little late, leaves no doubt that there is room: to count in the store costs
+/// a read of them all.
+fn far_below(seen: usize, limit: Limit) -> bool {
+    (seen as u64).saturating_add((limit.most / 10).max(100)) < limit.most
+}
+
 /// Creates a topic; one whose deletion is half done is deleted first.
 ///
 /// # Errors
 /// INVALID_REQUEST for too many segments; as [`Catalog::create_topic`].
-pub(crate) async fn create_topic(
+pub(crate) async fn create_topic_unlimited(
     context: &Shared,
     name: &TopicName,
     segments: u32,
@@ -56,7 +92,7 @@ pub(crate) async fn create_topic(
 /// The topic; created with one segment if it is missing, its namespace's policy allows it, and the caller may (S1).
 ///
 /// # Errors
-/// TOPIC_NOT_FOUND, NAMESPACE_NOT_FOUND, TENANT_NOT_FOUND; PERMISSION_DENIED.
+/// TOPIC_NOT_FOUND, NAMESPACE_NOT_FOUND, TENANT_NOT_FOUND; PERMISSION_DENIED; TOO_MANY_TOPICS.
 pub(crate) async fn topic_or_create(
     context: &Shared,
     principal: &Principal,
@@ -101,7 +137,7 @@ async fn finish_delete(context: &Shared, topic: &Topic) -> Result<(), Refusal> {
 /// beside the start any start of an existing one will do; without settings any settings.
 ///
 /// # Errors
-/// ALREADY_EXISTS, TOPIC_NOT_FOUND, INVALID_REQUEST past the most subscriptions; what kept a segment from loading.
+/// ALREADY_EXISTS, TOPIC_NOT_FOUND, TOO_MANY_SUBSCRIPTIONS; what kept a segment from loading.
 pub(crate) async fn create_subscription(
     context: &Shared,
     topic: &Topic,
@@ -111,14 +147,7 @@ pub(crate) async fn create_subscription(
 ) -> Result<Subscription, Refusal> {
     let catalog = &context.catalog;
     if catalog.find_subscription(topic.id, name).await?.is_none() {
-        let subscriptions_max = context.config.limits.subscriptions_max;
-        if catalog.all_subscriptions(topic).await?.len() >= subscriptions_max {
-            let message = format!(
-                "topic {} has {subscriptions_max} subscriptions, as many as it may",
-                topic.name
-            );
-            return Err(Refusal::request(message).with("subscriptions_max", subscriptions_max));
-        }
+        room_for_subscription(context, topic).await?;
     }
     for _ in 0..TRIES_MAX {
         if let Some(found) = catalog.find_subscription(topic.id, name).await?
@@ -149,6 +178,22 @@ pub(crate) async fn create_subscription(
     ))
 }
 
+/// Exact, up to creations at the same moment.
+async fn room_for_subscription(context: &Shared, topic: &Topic) -> Result<(), Refusal> {
+    let set = context.catalog.set_policies(topic).await?;
+    let limit = set.limit("subscriptions_max");
+    let limit = limit.unwrap_or(Limit::of_server(context.config.limits.subscriptions_max));
+    if context.hub.subscriptions_of(topic.id).is_some_and(|seen| far_below(seen, limit)) {
+        return Ok(());
+    }
+    let there = context.catalog.subscription_count(topic.id).await?;
+    if there as u64 >= limit.most {
+        let message = format!("topic {} has {there} subscriptions", topic.name);
+        return Err(limit.reached(Reason::TooManySubscriptions, "subscriptions_max", &message));
+    }
+    Ok(())
+}
+
 /// Asks each segment's owner for the cursor. False: the subscription was deleted meanwhile.
 async fn make_cursors(
     context: &Shared,
@@ -165,8 +210,8 @@ async fn make_cursors(
     Ok(true)
 }
 
-/// Changes a subscription's settings; dispatchers that run are told, wherever they are. One that is not reached now, because
-/// its segment moves, reads them when it starts at the next owner.
+/// Changes a subscription's settings; dispatchers that run learn of it from the mirror. Owners that are reached read them at
+/// once, so that they hold when this returns.
 ///
 /// # Errors
 /// SUBSCRIPTION_NOT_FOUND; INVALID_REQUEST for another type.

@@ -1,6 +1,8 @@
 //! What the broker counts. Names are dotted with a unit; the exporter writes `broker.publish.bytes` as
 //! `geminga_broker_publish_bytes_total`.
 
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{
@@ -28,10 +30,18 @@ pub const PUBLISH_BYTES: &str = "broker.publish.bytes";
 pub const PUBLISH_DURATION: &str = "broker.publish.duration";
 /// Batches answered as duplicate.
 pub const PUBLISH_DUPLICATES: &str = "broker.publish.duplicates";
+/// Time that batches waited for their topic's publish rate, all together.
+pub const PUBLISH_THROTTLED: &str = "broker.publish.throttled";
+/// Payload of batches that waited for it.
+pub const PUBLISH_THROTTLED_BYTES: &str = "broker.publish.throttled.bytes";
 /// Messages given to consumers.
 pub const DISPATCH_MESSAGES: &str = "broker.dispatch.messages";
 /// Payload given to consumers, whole batches.
 pub const DISPATCH_BYTES: &str = "broker.dispatch.bytes";
+/// Time that deliverable messages waited for their subscription's or reader's rate, all together.
+pub const DISPATCH_THROTTLED: &str = "broker.dispatch.throttled";
+/// Payload of deliveries that waited for it.
+pub const DISPATCH_THROTTLED_BYTES: &str = "broker.dispatch.throttled.bytes";
 /// From a settle's arrival to its answer.
 pub const SETTLE_DURATION: &str = "broker.settle.duration";
 /// Messages given to a consumer again after an attempt ended.
@@ -112,6 +122,10 @@ pub struct Metrics {
     pub publish_bytes: Counter,
     pub publish_duration: Histogram,
     pub publish_duplicates: Counter,
+    pub publish_throttled: Counter<f64, AtomicU64>,
+    pub publish_throttled_bytes: Counter,
+    pub dispatch_throttled: Counter<f64, AtomicU64>,
+    pub dispatch_throttled_bytes: Counter,
     pub dispatch_messages: Counter,
     pub dispatch_bytes: Counter,
     pub settle_duration: Histogram,
@@ -148,6 +162,10 @@ impl Default for Metrics {
             publish_bytes: Counter::default(),
             publish_duration: seconds(),
             publish_duplicates: Counter::default(),
+            publish_throttled: Counter::default(),
+            publish_throttled_bytes: Counter::default(),
+            dispatch_throttled: Counter::default(),
+            dispatch_throttled_bytes: Counter::default(),
             dispatch_messages: Counter::default(),
             dispatch_bytes: Counter::default(),
             settle_duration: seconds(),
@@ -234,6 +252,7 @@ impl Metrics {
         for reason in geminga_proto::reason::Reason::ALL {
             let _at_zero = m.refused.get_or_create(&RefusedFor { reason: reason.as_str() });
         }
+        m.register_rates(registry, name);
         m.register_dispatch(registry, name);
         m.register_ownership(registry, name);
         m
@@ -252,6 +271,33 @@ impl Metrics {
         let blocked = "Subscriptions with messages that nobody has";
         registry.register(name(BLOCKED), blocked, self.blocked.clone());
         registry.register(name(CONSUMERS), "Consumers attached", self.consumers.clone());
+    }
+
+    fn register_rates(&self, registry: &mut Registry, name: impl Fn(&str) -> String) {
+        registry.register_with_unit(
+            name(PUBLISH_THROTTLED),
+            "Time that batches waited for their topic's publish rate",
+            Unit::Seconds,
+            self.publish_throttled.clone(),
+        );
+        let bytes = "Payload bytes of batches that waited for their topic's publish rate";
+        registry.register(
+            name(PUBLISH_THROTTLED_BYTES),
+            bytes,
+            self.publish_throttled_bytes.clone(),
+        );
+        registry.register_with_unit(
+            name(DISPATCH_THROTTLED),
+            "Time that deliverable messages waited for a delivery rate",
+            Unit::Seconds,
+            self.dispatch_throttled.clone(),
+        );
+        let bytes = "Payload bytes of deliveries that waited for a delivery rate";
+        registry.register(
+            name(DISPATCH_THROTTLED_BYTES),
+            bytes,
+            self.dispatch_throttled_bytes.clone(),
+        );
     }
 
     fn register_ownership(&self, registry: &mut Registry, name: impl Fn(&str) -> String) {

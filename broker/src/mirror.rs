@@ -15,8 +15,8 @@ const RETRY: Duration = Duration::from_millis(200);
 
 /// What was seen of the range.
 pub(crate) enum Seen<'a> {
-    /// Everything that stands; what was seen before and is not in it is gone.
-    All(&'a [KeyValue]),
+    /// Everything that stands at this revision; what was seen before and is not in it is gone.
+    All(&'a [KeyValue], Revision),
     /// What changed since, in order.
     Changes(&'a [Change]),
 }
@@ -30,7 +30,7 @@ pub(crate) async fn follow(
     loop {
         match read_all(&store, &prefix).await {
             Ok((revision, all)) => {
-                apply(Seen::All(&all));
+                apply(Seen::All(&all, revision));
                 watch(&store, &prefix, revision, &mut apply).await;
             }
             Err(error) => {

@@ -13,6 +13,7 @@ use crate::{
     connection::Connections,
     consumer::{ConsumerBuilder, Position, ReaderBuilder},
     error::Error,
+    heartbeat::Interval,
     pattern::PatternBuilder,
     processor::ProcessorBuilder,
     producer::ProducerBuilder,
@@ -31,6 +32,7 @@ struct Shared {
     connections: Connections,
     random: Random,
     open_timeout: Duration,
+    heartbeat: Interval,
     tasks: Tasks,
 }
 
@@ -46,6 +48,7 @@ pub(crate) struct Parts {
     pub(crate) connections: Connections,
     pub(crate) random: Random,
     pub(crate) open_timeout: Duration,
+    pub(crate) heartbeat: Interval,
     pub(crate) tasks: Tasks,
     _client: Client,
 }
@@ -57,6 +60,7 @@ pub struct ClientBuilder {
     random: Option<Random>,
     open_timeout: Duration,
     wait_for_server: Duration,
+    heartbeat: Interval,
 }
 
 impl Client {
@@ -68,6 +72,7 @@ impl Client {
             random: None,
             open_timeout: Duration::from_secs(30),
             wait_for_server: Duration::ZERO,
+            heartbeat: Interval::default(),
         }
     }
 
@@ -134,6 +139,14 @@ impl Client {
         self.0.random.clone()
     }
 
+    pub(crate) fn connections(&self) -> Connections {
+        self.0.connections.clone()
+    }
+
+    pub(crate) fn open_timeout(&self) -> Duration {
+        self.0.open_timeout
+    }
+
     /// Some messages of a subscription at once, without a stream: for jobs that run now and then.
     #[must_use]
     pub fn pull(&self, topic: impl Into<String>, subscription: impl Into<String>) -> PullBuilder {
@@ -193,6 +206,7 @@ impl Client {
             connections: self.0.connections.clone(),
             random: self.0.random.clone(),
             open_timeout: self.0.open_timeout,
+            heartbeat: self.0.heartbeat,
             tasks: self.0.tasks.child(name),
             _client: self.clone(),
         }
@@ -229,18 +243,28 @@ impl ClientBuilder {
         self
     }
 
+    /// How often both sides of a producer's or consumer's stream give a sign of life. One that is silent for three times that
+    /// is ended, and opened again: a server whose process hangs is left, and a consumer whose process hangs gives its messages
+    /// back. Held between a second and a day; zero: no such promise. Default 10 s.
+    #[must_use]
+    pub fn heartbeat(mut self, interval: Duration) -> Self {
+        self.heartbeat = Interval::new(interval);
+        self
+    }
+
     /// Makes the client.
     ///
     /// # Errors
     /// When the server's address is none; when the server was waited for in vain.
     pub async fn build(self) -> Result<Client, Error> {
         let connections = Connections::new(&self.server)?;
-        let random = self.random.unwrap_or_else(Random::from_os);
+        let random = self.random.clone().unwrap_or_else(Random::from_os);
         if !self.wait_for_server.is_zero() {
             let deadline = Instant::now() + self.wait_for_server;
             connections.reach(Backoff::new(random.clone()), deadline).await?;
         }
-        let (open_timeout, tasks) = (self.open_timeout, Tasks::new("client"));
-        Ok(Client(Arc::new(Shared { connections, random, open_timeout, tasks })))
+        let Self { open_timeout, heartbeat, .. } = self;
+        let tasks = Tasks::new("client");
+        Ok(Client(Arc::new(Shared { connections, random, open_timeout, heartbeat, tasks })))
     }
 }

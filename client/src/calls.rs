@@ -44,7 +44,7 @@ where
     let mut backoff = Backoff::new(parts.random.clone());
     let mut owner: Option<String> = None;
     loop {
-        let client = parts.connections.subscriber(owner.as_deref());
+        let client = parts.connections.subscriber_call(owner.as_deref());
         let left = deadline.saturating_duration_since(Instant::now());
         let error = match timeout_at(deadline, make(client, left)).await {
             Ok(Ok(answer)) => return Ok(answer.into_inner()),

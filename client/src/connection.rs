@@ -1,15 +1,17 @@
-//! Connections: one gRPC channel per server address, made when first used, shared by all streams.
+//! Connections: gRPC channels by server address, made when first used and shared by streams: one is enough for most clients,
+//! one more for each so many streams.
 
 use std::{
     collections::BTreeMap,
     io,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
+use futures::{Stream, StreamExt};
 use geminga_proto::{
     admin::v1::admin_client::AdminClient,
     v1::{
@@ -40,8 +42,11 @@ const FRAME_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// HTTP/2 flow control, bytes: a batch of the largest size fits.
 const STREAM_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
 const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
-/// Channels kept for later use. Servers name addresses for as long as a client lives, so there is an end to it.
-const CHANNELS_MAX: usize = 256;
+/// Addresses whose channels are kept for later use. Servers name addresses for as long as a client lives, so there is an end to
+/// it.
+const ADDRESSES_MAX: usize = 256;
+/// Streams on one connection; servers allow 1,000 by default.
+const STREAMS_MAX: usize = 500;
 
 /// All channels of a client; clones share them.
 #[derive(Clone, Debug)]
@@ -50,9 +55,50 @@ pub(crate) struct Connections(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     bootstrap: Bootstrap,
-    /// To any of the configured servers.
-    any: OnceLock<Channel>,
-    channels: Mutex<BTreeMap<Address, Channel>>,
+    /// None: to any of the configured servers.
+    channels: Mutex<BTreeMap<Option<Address>, Vec<Shared>>>,
+}
+
+/// A channel and the streams on it.
+#[derive(Clone, Debug)]
+struct Shared {
+    channel: Channel,
+    streams: Arc<AtomicUsize>,
+}
+
+impl Shared {
+    fn new(channel: Channel) -> Self {
+        Self { channel, streams: Arc::default() }
+    }
+
+    fn open(&self) -> usize {
+        self.streams.load(Ordering::Relaxed)
+    }
+}
+
+/// The place of a stream on its connection, free again when dropped.
+#[derive(Debug)]
+pub(crate) struct StreamPlace(Arc<AtomicUsize>);
+
+impl StreamPlace {
+    fn on(shared: &Shared) -> Self {
+        shared.streams.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(&shared.streams))
+    }
+
+    /// Frames of a stream, which keep its place for as long as the call has them.
+    pub(crate) fn with<T>(self, frames: impl Stream<Item = T>) -> impl Stream<Item = T> {
+        frames.map(move |frame| {
+            let _kept = &self;
+            frame
+        })
+    }
+}
+
+impl Drop for StreamPlace {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// The configured servers. Each new connection goes to the next one that can be dialed, so that a client leaves a server
@@ -188,35 +234,54 @@ impl Way {
 impl Connections {
     pub(crate) fn new(server: &str) -> Result<Self, Error> {
         let bootstrap = Bootstrap::parse(server)?;
-        let (any, channels) = (OnceLock::new(), Mutex::default());
-        Ok(Self(Arc::new(Inner { bootstrap, any, channels })))
+        Ok(Self(Arc::new(Inner { bootstrap, channels: Mutex::default() })))
     }
 
-    /// The channel to any of the configured servers.
-    fn any(&self) -> Channel {
-        let connect = || {
-            let bootstrap = self.0.bootstrap.clone();
-            let endpoint = bootstrap.servers[0].endpoint();
-            endpoint.connect_with_connector_lazy(service_fn(move |_| bootstrap.clone().dial()))
-        };
-        self.0.any.get_or_init(connect).clone()
-    }
-
-    /// The channel to this address, or to the configured server. It connects when used and reconnects by itself.
-    fn channel(&self, owner: Option<&str>) -> Channel {
-        let Some(address) = owner.and_then(|owner| Address::parse(owner).ok()) else {
-            return self.any();
-        };
-        let mut channels = self.0.channels.lock();
-        if let Some(channel) = channels.get(&address) {
-            return channel.clone();
+    /// A channel to this address, or to any of the configured servers. It connects when used and reconnects by itself.
+    fn connect(&self, address: Option<&Address>) -> Channel {
+        let bootstrap = self.0.bootstrap.clone();
+        match address {
+            Some(address) => address.endpoint().connect_lazy(),
+            None => bootstrap.servers[0]
+                .endpoint()
+                .connect_with_connector_lazy(service_fn(move |_| bootstrap.clone().dial())),
         }
-        if channels.len() >= CHANNELS_MAX {
+    }
+
+    /// Looks at the channels to this address, at least one.
+    fn shared<T>(&self, owner: Option<&str>, look: impl FnOnce(&mut Vec<Shared>) -> T) -> T {
+        let address = owner.and_then(|owner| Address::parse(owner).ok());
+        let mut channels = self.0.channels.lock();
+        if channels.len() >= ADDRESSES_MAX && !channels.contains_key(&address) {
             channels.clear(); // open streams hold theirs; the others connect again
         }
-        let channel = address.endpoint().connect_lazy();
-        channels.insert(address, channel.clone());
-        channel
+        let connect = || vec![Shared::new(self.connect(address.as_ref()))];
+        look(channels.entry(address.clone()).or_insert_with(connect))
+    }
+
+    /// The channel for calls.
+    fn channel(&self, owner: Option<&str>) -> Channel {
+        self.shared(owner, |shared| shared[0].channel.clone())
+    }
+
+    /// A channel with room for a stream, and the stream's place on it.
+    fn for_stream(&self, owner: Option<&str>) -> (Channel, StreamPlace) {
+        let another = || {
+            let address = owner.and_then(|owner| Address::parse(owner).ok());
+            Shared::new(self.connect(address.as_ref()))
+        };
+        self.shared(owner, |shared| {
+            let at = shared.iter().position(|one| one.open() < STREAMS_MAX);
+            let at = at.unwrap_or_else(|| {
+                shared.push(another());
+                shared.len() - 1
+            });
+            let place = (shared[at].channel.clone(), StreamPlace::on(&shared[at]));
+            // The first one stays for calls.
+            let mut first = true;
+            shared.retain(|one| std::mem::take(&mut first) || one.open() > 0);
+            place
+        })
     }
 
     /// Connects to a configured server; when all refuse they are asked again until `deadline`.
@@ -232,7 +297,8 @@ impl Connections {
                 endpoint.connect_with_connector(service_fn(move |_| dialed.clone().dial()));
             let words = match timeout_at(deadline, connect).await {
                 Ok(Ok(channel)) => {
-                    let _first_wins = self.0.any.set(channel);
+                    let first = || vec![Shared::new(channel)];
+                    self.0.channels.lock().entry(None).or_insert_with(first);
                     return Ok(());
                 }
                 Ok(Err(error)) => innermost(&error),
@@ -246,25 +312,44 @@ impl Connections {
         }
     }
 
-    pub(crate) fn publisher(&self, owner: Option<&str>) -> PublisherClient<Channel> {
-        PublisherClient::new(self.channel(owner))
+    /// For a publish stream.
+    pub(crate) fn publisher(&self, owner: Option<&str>) -> (PublisherClient<Channel>, StreamPlace) {
+        let (channel, place) = self.for_stream(owner);
+        let client = PublisherClient::new(channel)
             .max_decoding_message_size(FRAME_BYTES_MAX)
-            .max_encoding_message_size(FRAME_BYTES_MAX)
+            .max_encoding_message_size(FRAME_BYTES_MAX);
+        (client, place)
     }
 
-    pub(crate) fn subscriber(&self, owner: Option<&str>) -> SubscriberClient<Channel> {
-        SubscriberClient::new(self.channel(owner))
-            .max_decoding_message_size(FRAME_BYTES_MAX)
-            .max_encoding_message_size(FRAME_BYTES_MAX)
+    /// For a consume stream.
+    pub(crate) fn subscriber(
+        &self,
+        owner: Option<&str>,
+    ) -> (SubscriberClient<Channel>, StreamPlace) {
+        let (channel, place) = self.for_stream(owner);
+        (subscriber(channel), place)
     }
 
-    pub(crate) fn discovery(&self) -> DiscoveryClient<Channel> {
-        DiscoveryClient::new(self.channel(None))
+    /// For one call.
+    pub(crate) fn subscriber_call(&self, owner: Option<&str>) -> SubscriberClient<Channel> {
+        subscriber(self.channel(owner))
+    }
+
+    /// For a watch.
+    pub(crate) fn discovery(&self) -> (DiscoveryClient<Channel>, StreamPlace) {
+        let (channel, place) = self.for_stream(None);
+        (DiscoveryClient::new(channel), place)
     }
 
     pub(crate) fn admin(&self) -> AdminClient<Channel> {
         AdminClient::new(self.channel(None)).max_decoding_message_size(FRAME_BYTES_MAX)
     }
+}
+
+fn subscriber(channel: Channel) -> SubscriberClient<Channel> {
+    SubscriberClient::new(channel)
+        .max_decoding_message_size(FRAME_BYTES_MAX)
+        .max_encoding_message_size(FRAME_BYTES_MAX)
 }
 
 #[cfg(test)]
@@ -321,5 +406,25 @@ mod tests {
         let refused = bootstrap.dial().await.expect_err("nobody listens");
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
         assert!(Bootstrap::parse(" , ").is_err());
+    }
+
+    #[tokio::test]
+    async fn a_connection_takes_so_many_streams_and_one_more_is_made_for_the_next() {
+        let connections = Connections::new("127.0.0.1:1").expect("an address");
+        let count = || connections.shared(None, |shared| shared.len());
+        let mut places: Vec<_> =
+            (0..=STREAMS_MAX).map(|_| connections.for_stream(None).1).collect();
+        assert_eq!(count(), 2);
+        places.drain(..STREAMS_MAX);
+        places.push(connections.for_stream(None).1);
+        assert_eq!(count(), 2, "one is left on the second");
+        places.clear();
+        drop(connections.for_stream(None));
+        assert_eq!(count(), 1, "nobody needs the second any more");
+        let (_, place) = connections.for_stream(None);
+        let frames = place.with(futures::stream::iter([1]));
+        assert_eq!(connections.shared(None, |shared| shared[0].open()), 1);
+        drop(frames);
+        assert_eq!(connections.shared(None, |shared| shared[0].open()), 0);
     }
 }

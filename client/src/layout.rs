@@ -14,12 +14,19 @@ use tokio::{
 };
 use tonic::Streaming;
 
-use crate::{backoff::Backoff, connection::Connections, error::Error, routing::Table};
+use crate::{
+    backoff::Backoff,
+    connection::{Connections, StreamPlace},
+    error::Error,
+    routing::Table,
+};
 
 /// One answer of the server, prepared for use.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Known {
     pub(crate) table: Table,
+    /// Of the topic that has the name now.
+    pub(crate) topic_id: u64,
     /// Segment to `host:port`, where known.
     owners: BTreeMap<u32, String>,
 }
@@ -33,7 +40,7 @@ impl Known {
     fn of(reply: &WatchReply) -> Option<Self> {
         let table = Table::new(reply.layout.as_ref()?);
         let owners = reply.owners.iter().map(|hint| (hint.segment, hint.address.clone())).collect();
-        Some(Self { table, owners })
+        Some(Self { table, topic_id: reply.topic_id, owners })
     }
 }
 
@@ -101,14 +108,18 @@ impl LayoutWatch {
     }
 }
 
+/// A watch, and its place on a connection.
+type Watching = (Streaming<WatchReply>, StreamPlace);
+
 async fn open(
     connections: &Connections,
     request: &WatchRequest,
-) -> Result<(Streaming<WatchReply>, Known), Error> {
-    let mut stream = connections.discovery().watch(request.clone()).await?.into_inner();
+) -> Result<(Watching, Known), Error> {
+    let (mut client, place) = connections.discovery();
+    let mut stream = client.watch(request.clone()).await?.into_inner();
     while let Some(reply) = stream.message().await? {
         if let Some(known) = Known::of(&reply) {
-            return Ok((stream, known));
+            return Ok(((stream, place), known));
         }
     }
     Err(Error::Unavailable("the server ended the watch without an answer".into()))
@@ -119,7 +130,7 @@ async fn keep(
     connections: Connections,
     request: WatchRequest,
     mut backoff: Backoff,
-    mut stream: Streaming<WatchReply>,
+    mut stream: Watching,
     known: watch::Sender<Arc<Known>>,
 ) {
     let learn = |news: Known| {
@@ -132,7 +143,7 @@ async fn keep(
         });
     };
     loop {
-        while let Ok(Some(reply)) = stream.message().await {
+        while let Ok(Some(reply)) = stream.0.message().await {
             if let Some(news) = Known::of(&reply) {
                 learn(news);
             }

@@ -43,6 +43,7 @@ mod codec;
 mod connection;
 mod consumer;
 mod error;
+mod heartbeat;
 mod layout;
 mod message;
 mod pattern;

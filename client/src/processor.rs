@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! input segment 3: offset 41 -> f -> output 0, output 1      sequence = offset * 2^14 + index + 1, which rises
-//!    outputs: named producer "<subscription>~3", to segments that depend on the input only
+//!    outputs: named producer "<subscription>~<id of the input topic>~3", to segments that depend on the input only
 //!    all stored -> accept up to 41                            a crash in between: 41 comes again, its outputs are known
 //! ```
 //! The guarantee: every accepted input has each of its outputs in the output topic once, whatever crashes, moves and
@@ -12,7 +12,8 @@
 //! - The function gives the same outputs for the same input, in the same order, at most [`OUTPUTS_MAX`].
 //! - The layout of the output topic does not change meanwhile; an output's segment follows from its key, or from the key
 //!   or place of its input.
-//! - Two jobs with one output topic have subscriptions of different names, or different [`ProcessorBuilder::producer_name`]s.
+//! - Two jobs with one input and one output topic have subscriptions of different names, or different
+//!   [`ProcessorBuilder::producer_name`]s. Different inputs never meet: not even a topic that was deleted and created again.
 //! - Readers of the output topic see an output as soon as it is stored, before its input is accepted.
 
 use std::{collections::BTreeMap, future::Future, time::Duration};
@@ -50,6 +51,12 @@ const WINDOW: (u64, u64) = (2_000, 8 << 20);
 fn sequence(offset: u64, index: usize) -> Option<u64> {
     let fits = offset < 1 << (61 - OUTPUT_BITS) && index < OUTPUTS_MAX;
     fits.then(|| (offset << OUTPUT_BITS | index as u64) + 1)
+}
+
+/// The producer of the outputs of one input segment. The topic's id tells it from those of all other inputs that there ever
+/// were: their offsets say nothing of this one's.
+fn producer_name(prefix: &str, input: u64, segment: u32) -> String {
+    format!("{prefix}~{input}~{segment}")
 }
 
 /// How often a run takes its place back from a consumer of its name: an open of an earlier run of this instance may reach
@@ -110,8 +117,8 @@ impl ProcessorBuilder {
         self
     }
 
-    /// What the named producers begin with, followed by `~` and the input segment. All instances of one job must agree on
-    /// it, and no other job with this output topic may have it. Default: the subscription.
+    /// What the named producers begin with, followed by `~`, the id of the input topic, `~` and the input segment. All
+    /// instances of one job must agree on it, and no other job with these topics may have it. Default: the subscription.
     #[must_use]
     pub fn producer_name(mut self, name: impl Into<String>) -> Self {
         self.producer_name = Some(name.into());
@@ -149,7 +156,7 @@ impl ProcessorBuilder {
         let output = topic_name(&self.output)?;
         let subscription = SubscriptionName::parse(&self.subscription)?;
         let prefix = self.producer_name.clone().unwrap_or_else(|| subscription.to_string());
-        ProducerName::parse(&format!("{prefix}~{}", u32::MAX))?;
+        ProducerName::parse(&producer_name(&prefix, u64::MAX, u32::MAX))?;
         let random = self.client.random();
         let name = match &self.name {
             Some(name) => ConsumerName::parse(name)?,
@@ -162,6 +169,7 @@ impl ProcessorBuilder {
                 builder: &self,
                 output: &output,
                 prefix: &prefix,
+                input_id: 0,
                 producers: BTreeMap::new(),
                 last: BTreeMap::new(),
                 done: &mut done,
@@ -220,6 +228,8 @@ struct Run<'a> {
     builder: &'a ProcessorBuilder,
     output: &'a TopicName,
     prefix: &'a str,
+    /// The topic that it reads, which may not be the only one that ever had its name.
+    input_id: u64,
     producers: BTreeMap<u32, Producer>,
     /// The last input of each segment.
     last: BTreeMap<u32, u64>,
@@ -250,6 +260,7 @@ impl Run<'_> {
             }
             (opened, _) => opened?,
         };
+        self.input_id = opened.topic_id();
         let kind = opened.settings().r#type();
         if matches!(kind, SubscriptionType::Shared | SubscriptionType::KeyShared) {
             let words = "exactly once needs inputs in their order: an exclusive or failover subscription (TX8)";
@@ -283,6 +294,10 @@ impl Run<'_> {
                 input = consumer.next(), if room => match input {
                     None => break Ok(()),
                     Some(Err(error)) => break Err(End::Broken(error)),
+                    Some(Ok(_)) if consumer.topic_id() != self.input_id => {
+                        let words = "the input topic was deleted and created again";
+                        break Err(End::Broken(Error::Indeterminate(words.into())));
+                    }
                     Some(Ok(input)) => {
                         let pending = match self.outputs(&input, transform).await {
                             Ok(pending) => pending,
@@ -345,7 +360,7 @@ impl Run<'_> {
 
     async fn producer(&mut self, segment: u32) -> Result<&Producer, Error> {
         if !self.producers.contains_key(&segment) {
-            let name = format!("{}~{segment}", self.prefix);
+            let name = producer_name(self.prefix, self.input_id, segment);
             let builder = self.builder.client.producer(self.output.to_string()).name(name);
             let producer = builder.message_timeout(Duration::from_secs(60)).build().await?;
             self.producers.insert(segment, producer);

@@ -1,15 +1,19 @@
 //! The table view: the latest value of each key of a topic, from a reader; first what is there, then every change.
+//!
+//! Compacted segments are read from their compacted view, which is shorter and makes the same table: what it leaves out is
+//! followed by a later message of its key, or is gone. Since the last messages of a view may be left out, the reader asks the
+//! server how far it has read to know that all is there.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, future::poll_fn, pin::Pin, task::Poll, time::Duration};
 
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::{Stream, StreamExt};
 use geminga_proto::{names::TopicName, reason::Reason};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::{
     builder::Client,
-    consumer::{Position, Reader},
+    consumer::{Position, Reached, Reader},
     error::Error,
     message::Stored,
 };
@@ -18,6 +22,8 @@ use crate::{
 const KEYS_MAX: usize = 10_000_000;
 /// A table that is being read and gets nothing for so long gives up.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// While nothing comes, the server is asked this often how far it has read.
+const ASK_EVERY: Duration = Duration::from_millis(50);
 
 /// Settings of a [`Table`].
 #[derive(Clone, Debug)]
@@ -44,29 +50,93 @@ impl TableBuilder {
     /// # Errors
     /// A refusal; that the server does not answer, or sends nothing for a minute while there is more; too many keys.
     pub async fn build(self) -> Result<Table, Error> {
-        let reader = self.client.reader(&self.topic).from(Position::Earliest).build().await?;
+        match self.read(true).await? {
+            Some(table) => Ok(table),
+            // The server cannot say when a compacted reader has everything: the whole log says it by its last offset.
+            None => self.read(false).await?.ok_or(Error::Closed),
+        }
+    }
+
+    /// The table as it is now; none if the server does not say what it takes to know that everything was read.
+    async fn read(&self, compacted: bool) -> Result<Option<Table>, Error> {
+        let reader = self.client.reader(&self.topic).from(Position::Earliest);
+        let reader = if compacted { reader.compacted() } else { reader };
+        let reader = reader.build().await?;
         let mut missing = BTreeMap::new();
         for segment in reader.segments() {
             let ends = self.client.peek(&self.topic, segment, Position::Earliest, 1).await?;
-            if ends.first_offset < ends.next_offset {
-                missing.insert(segment, ends.next_offset);
-            }
+            let end = End { offset: ends.next_offset, kept: ends.first_offset < ends.next_offset };
+            missing.insert(segment, end);
         }
         let latest = Latest { entries: BTreeMap::new(), keys_max: self.keys_max };
         let mut table = Table { reader, latest };
-        while !missing.is_empty() {
-            let next = timeout(SILENCE_MAX, table.reader.next()).await.map_err(|_| {
-                Error::Unavailable("the topic was not read to its end: nothing comes".into())
-            })?;
-            let stored = next.ok_or(Error::Closed)??;
-            let id = stored.id;
-            table.latest.apply(stored)?;
-            if missing.get(&id.segment).is_some_and(|end| id.offset + 1 >= *end) {
-                missing.remove(&id.segment);
+        let mut heard_at = Instant::now();
+        loop {
+            let reader = &table.reader;
+            missing.retain(|segment, end| !end.is_reached(reader, *segment));
+            if missing.is_empty() {
+                return Ok(Some(table));
+            }
+            let unknowable = |segment| {
+                reader.compacted_to(segment) > 0 && reader.reached(segment) == Reached::NotTold
+            };
+            if missing.keys().any(|segment| unknowable(*segment)) {
+                return Ok(None);
+            }
+            match timeout(ASK_EVERY, next_or_end(&mut table.reader, &missing)).await {
+                Ok(None) => {}
+                Ok(Some(stored)) => {
+                    heard_at = Instant::now();
+                    let stored = stored.ok_or(Error::Closed)??;
+                    let id = stored.id;
+                    table.latest.apply(stored)?;
+                    if missing.get(&id.segment).is_some_and(|end| id.offset + 1 >= end.offset) {
+                        missing.remove(&id.segment);
+                    }
+                }
+                Err(_) if heard_at.elapsed() >= SILENCE_MAX => {
+                    let words = "the topic was not read to its end: nothing comes";
+                    return Err(Error::Unavailable(words.into()));
+                }
+                Err(_) => missing.keys().for_each(|segment| table.reader.ask_reached(*segment)),
             }
         }
-        Ok(table)
     }
+}
+
+/// Where a segment ended when the table was begun.
+#[derive(Clone, Copy, Debug)]
+struct End {
+    offset: u64,
+    /// Whether its log has messages, beside what its compacted view may have.
+    kept: bool,
+}
+
+impl End {
+    /// Whether everything below is read, as far as the server says. Its last message says it too, when it comes.
+    fn is_reached(self, reader: &Reader, segment: u32) -> bool {
+        self.offset == 0
+            || match reader.reached(segment) {
+                Reached::Upto(next) => next >= self.offset,
+                Reached::NotTold => !self.kept && reader.compacted_to(segment) == 0,
+                Reached::Unknown => false,
+            }
+    }
+}
+
+/// The next message, or nothing as soon as a segment's end is reached. Cancel-safe.
+async fn next_or_end(
+    reader: &mut Reader,
+    missing: &BTreeMap<u32, End>,
+) -> Option<Option<Result<Stored, Error>>> {
+    poll_fn(|context| match Pin::new(&mut *reader).poll_next(context) {
+        Poll::Ready(item) => Poll::Ready(Some(item)),
+        Poll::Pending if missing.iter().any(|(segment, end)| end.is_reached(reader, *segment)) => {
+            Poll::Ready(None)
+        }
+        Poll::Pending => Poll::Pending,
+    })
+    .await
 }
 
 /// The latest value of each key. Messages without a key are passed by; one with an empty value removes its key.

@@ -9,6 +9,7 @@
 pub mod ids;
 pub mod key_hash;
 pub mod names;
+pub mod policies;
 pub mod reason;
 pub mod records;
 

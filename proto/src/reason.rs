@@ -131,8 +131,8 @@ reasons! {
         "The session producer to resume is no longer remembered; what was in flight is of unknown outcome.",
         "Open a new producer, and check the last messages before sending them again.";
     TooManyProducers, "TOO_MANY_PRODUCERS", ResourceExhausted, Safe,
-        "The segment remembers as many producers as it may.",
-        "Close unused producers, or wait until idle sessions expire.";
+        "The segment has as many producers as it may, or remembers as many.",
+        "Close unused producers, wait until idle sessions expire, or change the policy: geminga policy set.";
     MessageTooLarge, "MESSAGE_TOO_LARGE", InvalidArgument, Never,
         "A message or batch is larger than the limit in the details.",
         "Send smaller messages, or put the payload elsewhere and send a reference.";
@@ -145,6 +145,15 @@ reasons! {
     BacklogQuota, "BACKLOG_QUOTA", ResourceExhausted, Safe,
         "More waits for the slowest subscription of the segment than its quota allows; nothing of the batch was stored.",
         "Let the subscription catch up, delete it, or change the policy: geminga sub explain, geminga policy set.";
+    RateLimited, "RATE_LIMITED", ResourceExhausted, Safe,
+        "The topic's publish rate is used up; nothing of the batch was stored.",
+        "Retry after the given delay, publish on a stream (it is slowed instead), or change the policy: geminga policy set.";
+    TooManyTopics, "TOO_MANY_TOPICS", ResourceExhausted, Safe,
+        "The namespace has as many topics as it may.",
+        "Delete unused topics, or change the policy: geminga policy set.";
+    TooManySubscriptions, "TOO_MANY_SUBSCRIPTIONS", ResourceExhausted, Safe,
+        "The topic has as many subscriptions as it may.",
+        "Delete unused subscriptions, or change the policy: geminga policy set.";
     TooManyStreams, "TOO_MANY_STREAMS", ResourceExhausted, Safe,
         "The connection or the server has as many streams as it may.",
         "Close unused streams.";
@@ -156,7 +165,7 @@ reasons! {
         "Give each consumer its own name, or stop this one.";
     TooManyConsumers, "TOO_MANY_CONSUMERS", ResourceExhausted, Safe,
         "The subscription has as many consumers on the segment as it may.",
-        "Stop some of them, or use more segments.";
+        "Stop some of them, use more segments, or change the policy: geminga policy set.";
     InvalidHandle, "INVALID_HANDLE", FailedPrecondition, Never,
         "The handle was never given, or its messages are no longer held under it: settled, released, or delivered again.",
         "Consume again: a message that is not settled is delivered with a new handle.";
@@ -172,6 +181,9 @@ reasons! {
     PermissionDenied, "PERMISSION_DENIED", PermissionDenied, Never,
         "The principal may not do this.",
         "Ask for the permission that the message names.";
+    StreamSilent, "STREAM_SILENT", Unavailable, Safe,
+        "Nothing came on the stream for three of the heartbeat intervals that its open frame promised.",
+        "Open it again: a producer sends again what it has no receipt for, a consumer presents its claims.";
     ShuttingDown, "SHUTTING_DOWN", Unavailable, SameSequence,
         "The server is stopping; what was in flight is of unknown outcome.",
         "Reconnect, to another server where there is one.";

@@ -1,6 +1,6 @@
 //! The native payload format, read so that it cannot be made to allocate without bound (S5).
 
-use std::io::Read;
+use std::{io::Read, ops::Range};
 
 use bytes::{Buf, Bytes};
 use prost::{
@@ -12,6 +12,9 @@ use crate::v1::{Codec, Record};
 
 /// Largest uncompressed batch that is decoded, bytes. A server refuses larger ones at its front door.
 pub const BATCH_BYTES_MAX: usize = 6 * 1024 * 1024;
+
+/// A record without key, value and headers, in a payload: field 1, no bytes.
+const EMPTY_RECORD: [u8; 2] = [0x0a, 0];
 
 /// A payload that is not what it says.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -64,8 +67,17 @@ impl Records {
     /// # Errors
     /// [`Damaged`].
     pub fn read(&mut self) -> Result<Option<Record>, Damaged> {
+        let bytes = self.read_bytes()?;
+        bytes.map(Record::decode).transpose().map_err(damaged)
+    }
+
+    /// The next record as it is encoded; `None` after the last one.
+    ///
+    /// # Errors
+    /// [`Damaged`].
+    pub fn read_bytes(&mut self) -> Result<Option<Bytes>, Damaged> {
         let Some(len) = next_record(&mut self.0)? else { return Ok(None) };
-        Record::decode(self.0.split_to(len)).map(Some).map_err(damaged)
+        Ok(Some(self.0.split_to(len)))
     }
 
     /// Passes one record by.
@@ -78,6 +90,47 @@ impl Records {
         }
         Ok(())
     }
+}
+
+/// The records of an uncompressed payload that lie in these runs of numbers (rising, not empty, not touching), as a payload
+/// from the first of them to the last; those between the runs become empty records, so that numbers stay what they are. One
+/// run costs no copy.
+///
+/// # Errors
+/// [`Damaged`]: it holds fewer records, or is none.
+pub fn cut(payload: &Bytes, runs: &[Range<u32>]) -> Result<Bytes, Damaged> {
+    let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Ok(Bytes::new()) };
+    let mut found = Vec::with_capacity(runs.len()); // where each run lies
+    let (mut rest, mut number) = (&payload[..], 0);
+    let at = |rest: &[u8]| payload.len() - rest.len();
+    for run in runs {
+        let mut begins = 0;
+        while number < run.end {
+            let before = at(rest);
+            let Some(len) = next_record(&mut rest)? else {
+                return Err(Damaged(format!("message {number} of a batch is not there")));
+            };
+            rest.advance(len);
+            if number == run.start {
+                begins = before;
+            }
+            number += 1;
+        }
+        found.push(begins..at(rest));
+    }
+    if let [only] = &found[..] {
+        return Ok(payload.slice(only.clone()));
+    }
+    let bytes: usize = found.iter().map(Range::len).sum();
+    let mut cut =
+        Vec::with_capacity(bytes + EMPTY_RECORD.len() * (last.end - first.start) as usize);
+    let mut next = first.start;
+    for (run, bytes) in runs.iter().zip(found) {
+        (next..run.start).for_each(|_| cut.extend_from_slice(&EMPTY_RECORD));
+        cut.extend_from_slice(&payload[bytes]);
+        next = run.end;
+    }
+    Ok(cut.into())
 }
 
 /// Goes to the next record; its length, which is there. `None` at the end.
@@ -206,6 +259,39 @@ mod tests {
                     prop_assert_eq!(records.len(), count as usize);
                 }
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_cut_batch_has_the_records_of_its_runs_under_their_numbers_and_nothing_else(
+            values in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 1..60),
+            chosen in prop::collection::vec(any::<bool>(), 60),
+        ) {
+            let records: Vec<Record> = values
+                .iter()
+                .map(|value| Record { value: value.clone().into(), ..Record::default() })
+                .collect();
+            let payload: Bytes = RecordBatch { records: records.clone() }.encode_to_vec().into();
+            let mut runs: Vec<Range<u32>> = Vec::new();
+            for number in (0..).take(records.len()).filter(|n| chosen[*n as usize]) {
+                match runs.last_mut() {
+                    Some(run) if run.end == number => run.end += 1,
+                    _ => runs.push(number..number + 1),
+                }
+            }
+            let cut = cut(&payload, &runs).expect("whole");
+            prop_assert!(cut.len() <= payload.len());
+            let first = runs.first().map_or(0, |run| run.start) as usize;
+            let last = runs.last().map_or(0, |run| run.end) as usize;
+            let kept = (last - first) as u32;
+            let found = decode(Codec::Unspecified, cut.len() as u32, kept, cut).expect("whole");
+            for (number, record) in (first..).zip(found) {
+                let wanted = if chosen[number] { records[number].clone() } else { Record::default() };
+                prop_assert_eq!(record, wanted);
+            }
+            let beyond = records.len() as u32..records.len() as u32 + 1;
+            prop_assert!(super::cut(&payload, &[beyond]).is_err());
         }
     }
 }

@@ -2,10 +2,14 @@
 
 use clap::Subcommand;
 use geminga_client::{Position, TenantName, namespace_name, topic_name};
-use geminga_proto::admin::v1::{Namespace, Tenant, Topic};
+use geminga_proto::admin::v1::{Namespace, SegmentState, Tenant, Topic};
 use serde_json::{Value, json};
 
-use super::{Global, args, consume, exit::Failure, output};
+use super::{
+    Global, args, consume,
+    exit::{Code, Failure},
+    output, tier,
+};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum TenantCommand {
@@ -75,6 +79,10 @@ pub(crate) enum TopicCommand {
         #[arg(short = 'n', long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
         count: u32,
     },
+    /// Keep the latest message of each key for compacted readers: what is stored by now, on every segment.
+    ///
+    /// Messages stay where they are for everybody else. A key whose latest message is empty is gone for compacted readers.
+    Compact { name: String },
     /// Delete a topic with everything in it.
     Delete { name: String },
 }
@@ -140,7 +148,7 @@ pub(crate) async fn topic(command: TopicCommand, global: &Global) -> Result<(), 
                 let peeked = client.peek(&found.name, of, from, count).await?;
                 let mut out = std::io::stdout().lock();
                 for message in &peeked.messages {
-                    consume::print(global.output, message, None, &mut out)?;
+                    consume::print(global.output, message, None, None, &mut out)?;
                 }
                 std::io::Write::flush(&mut out)?;
                 output::note(&format!(
@@ -185,6 +193,23 @@ pub(crate) async fn topic(command: TopicCommand, global: &Global) -> Result<(), 
             let columns = ["segment", "bundle", "broker", "address", "placed"];
             output::list(global.output, &columns, &rows)?;
         }
+        TopicCommand::Compact { name } => {
+            let name = topic_name(&name)?;
+            let walked = tier::watch("compact", admin.compact_topic(&name).await?).await?;
+            let segments = admin.topic(&name).await?.segments;
+            let rows: Vec<Value> = segments.iter().map(compacted_row).collect();
+            let row = json!({
+                "topic": name.to_string(),
+                "bytes_read": walked.bytes,
+                "segments": rows,
+                "problems": walked.problems,
+            });
+            output::object(global.output, &row)?;
+            if !walked.problems.is_empty() {
+                let message = format!("compaction met {} problems", walked.problems.len());
+                return Err(Failure::new(Code::Failed, message, "geminga ledger ls"));
+            }
+        }
         TopicCommand::Delete { name } => {
             let name = topic_name(&name)?;
             admin.delete_topic(&name).await?;
@@ -212,6 +237,17 @@ fn namespace_row(namespace: &Namespace) -> Value {
         row["topics"] = topics.into();
     }
     row
+}
+
+/// What compaction made of a segment.
+fn compacted_row(state: &SegmentState) -> Value {
+    json!({
+        "segment": state.segment,
+        "compacted_to": state.compacted_to,
+        "next_offset": state.next_offset,
+        "messages": state.compacted_messages,
+        "bytes": state.compacted_bytes,
+    })
 }
 
 fn topic_row(topic: &Topic, full: bool) -> Value {
@@ -242,6 +278,11 @@ fn topic_row(topic: &Topic, full: bool) -> Value {
                     state["next_offset"] = found.next_offset.into();
                     state["stored_bytes"] = found.stored_bytes.into();
                     state["ledgers"] = found.ledgers.into();
+                    if found.compacted_to > 0 {
+                        state["compacted_to"] = found.compacted_to.into();
+                        state["compacted_messages"] = found.compacted_messages.into();
+                        state["compacted_bytes"] = found.compacted_bytes.into();
+                    }
                 }
                 state
             })

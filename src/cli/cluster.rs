@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     roles,
-    settings::{BookieFlags, BrokerFlags, Effective, Flags, Reader},
+    settings::{BookieFlags, BrokerFlags, Effective, Flags, OperatorFlags, Reader},
 };
 
 #[derive(Debug, clap::Args)]
@@ -62,6 +62,12 @@ pub(crate) enum BookieCommand {
         #[arg(long)]
         cancel: bool,
     },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct OperatorArgs {
+    #[command(flatten)]
+    flags: OperatorFlags,
 }
 
 #[derive(Debug, Subcommand)]
@@ -149,6 +155,11 @@ pub(crate) async fn bookie(args: BookieArgs, global: &Global) -> Result<(), Fail
         }
     }
     Ok(())
+}
+
+pub(crate) async fn operator(args: OperatorArgs, global: &Global) -> Result<(), Failure> {
+    let settings = settings(Reader::Operator, &args.flags.0)?;
+    Box::pin(roles::operator::run(settings, global)).await
 }
 
 pub(crate) async fn cluster(command: ClusterCommand, global: &Global) -> Result<(), Failure> {

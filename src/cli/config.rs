@@ -22,14 +22,16 @@ pub(crate) enum ConfigCommand {
 pub(crate) enum Role {
     Broker,
     Bookie,
+    Operator,
 }
 
 pub(crate) fn run(command: ConfigCommand, global: &Global) -> Result<(), Failure> {
     let ConfigCommand::Show { role, flags } = command;
     let role = match role {
-        None => Reader::Both,
+        None => Reader::All,
         Some(Role::Broker) => Reader::Broker,
         Some(Role::Bookie) => Reader::Bookie,
+        Some(Role::Operator) => Reader::Operator,
     };
     let settings = Effective::load(role, &flags.0, |name| std::env::var(name).ok())?;
     let rows: Vec<Value> = settings

@@ -1,5 +1,7 @@
 //! `geminga consume`: the messages of a subscription, or of a topic without one, one a line.
 
+mod pattern;
+
 use std::{
     collections::BTreeMap,
     io::{self, Write},
@@ -35,19 +37,30 @@ const SETTLE_EVERY: usize = 1_000;
 #[derive(Debug, clap::Args)]
 pub(crate) struct ConsumeArgs {
     /// tenant/namespace/topic, or a topic of public/default.
-    topic: String,
+    #[arg(required_unless_present = "pattern")]
+    topic: Option<String>,
     /// The subscription: it remembers what was accepted.
     #[arg(short, long, value_name = "NAME", required_unless_present = "reader")]
     subscription: Option<String>,
     /// Read without a subscription: nothing is settled, nothing is remembered.
     #[arg(long, conflicts_with_all = ["subscription", "kind", "then", "no_ack", "exit_when_empty", "name"])]
     reader: bool,
+    /// With --reader: below the compaction horizon only the latest message of each key, then everything.
+    #[arg(long, requires = "reader", conflicts_with = "subscription")]
+    compacted: bool,
+    /// Instead of a topic: all topics of the namespace whose whole name matches this regular expression, from their first
+    /// message on; also those that come later.
+    #[arg(long, value_name = "REGEX", conflicts_with_all = ["topic", "reader", "from", "name", "exit_when_empty", "segments"])]
+    pattern: Option<String>,
+    /// Of the pattern: tenant/namespace, or a namespace of public.
+    #[arg(long, default_value = "public/default", value_name = "NAMESPACE")]
+    namespace: String,
     /// Create the subscription here if it is missing: earliest or latest. A reader begins here: it also takes an offset, a
     /// time such as 2026-01-31T12:00:00Z, or a span back such as 15m-ago.
     #[arg(long, value_name = "WHERE", value_parser = args::position)]
     from: Option<Position>,
     /// The type of a subscription that is created.
-    #[arg(long = "type", value_enum, requires = "from")]
+    #[arg(long = "type", value_enum)]
     kind: Option<Kind>,
     /// A name for this consumer; it replaces another one of the same name.
     #[arg(long)]
@@ -88,12 +101,20 @@ enum Then {
 }
 
 pub(crate) async fn run(args: ConsumeArgs, global: &Global) -> Result<(), Failure> {
+    if args.kind.is_some() && args.from.is_none() && args.pattern.is_none() {
+        let words = "--type is of a subscription that is created: say where it begins, with --from";
+        return Err(Failure::usage(words, "consume"));
+    }
     super::init_client_spans()?;
     let client = global.client().await?;
+    let topic = args.topic.as_deref().unwrap_or_default();
     let Some(subscription) = &args.subscription else {
-        return read(&args, &client, global.output).await;
+        return read(&args, topic, &client, global.output).await;
     };
-    let mut builder = client.consumer(&args.topic, subscription);
+    if let Some(pattern) = &args.pattern {
+        return pattern::run(&args, pattern, subscription, &client, global.output).await;
+    }
+    let mut builder = client.consumer(topic, subscription);
     if let Some(from) = args.from {
         let start = match from {
             Position::Earliest => Start::Earliest,
@@ -132,8 +153,16 @@ pub(crate) async fn run(args: ConsumeArgs, global: &Global) -> Result<(), Failur
 }
 
 /// Prints messages without a subscription.
-async fn read(args: &ConsumeArgs, client: &Client, format: Format) -> Result<(), Failure> {
-    let mut builder = client.reader(&args.topic).from(args.from.unwrap_or_default());
+async fn read(
+    args: &ConsumeArgs,
+    topic: &str,
+    client: &Client,
+    format: Format,
+) -> Result<(), Failure> {
+    let mut builder = client.reader(topic).from(args.from.unwrap_or_default());
+    if args.compacted {
+        builder = builder.compacted();
+    }
     if let Some(segments) = &args.segments {
         builder = builder.segments(segments.iter().copied());
     }
@@ -157,7 +186,7 @@ async fn read(args: &ConsumeArgs, client: &Client, format: Format) -> Result<(),
             }
         };
         let Some(stored) = item.transpose()? else { break };
-        print(format, &stored, None, &mut out)?;
+        print(format, &stored, None, None, &mut out)?;
         count += 1;
     }
     out.flush()?;
@@ -231,7 +260,7 @@ async fn print_all(
             Next::End => break,
         };
         let span = received.process_span();
-        print(format, &received.to_stored(), Some(received.attempt), &mut out)?;
+        print(format, &received.to_stored(), Some(received.attempt), None, &mut out)?;
         drop(span);
         printed.messages.push(received);
         count += 1;
@@ -315,11 +344,12 @@ async fn is_empty(
     Ok(if leaves { backlog <= count } else { backlog == 0 })
 }
 
-/// One message, a line.
+/// One message, a line; `topic` where it could be of several.
 pub(crate) fn print(
     format: Format,
     message: &Stored,
     attempt: Option<u32>,
+    topic: Option<&str>,
     out: &mut impl Write,
 ) -> io::Result<()> {
     if format == Format::Table {
@@ -335,6 +365,9 @@ pub(crate) fn print(
     });
     if let Some(attempt) = attempt {
         object["attempt"] = attempt.into();
+    }
+    if let Some(topic) = topic {
+        object["topic"] = topic.into();
     }
     match std::str::from_utf8(&message.value) {
         Ok(text) => object["value"] = Value::from(text),

@@ -14,6 +14,7 @@ pub(crate) mod exit;
 mod explain;
 mod lines;
 pub(crate) mod output;
+mod policy;
 pub(crate) mod produce;
 mod serve;
 mod sub;
@@ -68,19 +69,21 @@ pub(crate) enum Command {
     /// Run a bookie of a cluster, or look at the bookies there are.
     #[command(args_conflicts_with_subcommands = true)]
     Bookie(cluster::BookieArgs),
+    /// Run the Kubernetes operator: custom resources in, a cluster that matches them out.
+    Operator(cluster::OperatorArgs),
     /// Look at the cluster as a whole.
     #[command(subcommand)]
     Cluster(cluster::ClusterCommand),
     /// Look at ledgers.
     #[command(subcommand)]
     Ledger(cluster::LedgerCommand),
-    /// Retention and offload: show and change.
+    /// Retention, limits, offload, compaction: show and change what holds for topics.
     #[command(subcommand)]
-    Policy(tier::PolicyCommand),
+    Policy(policy::PolicyCommand),
     /// Cold data in object storage: show, offload, check.
     #[command(subcommand)]
     Tier(tier::TierCommand),
-    /// Show the settings that a broker or bookie would run with.
+    /// Show the settings that a broker, bookie or operator would run with.
     #[command(subcommand)]
     Config(config::ConfigCommand),
     /// Publish 336,776 real flights, kill a bookie half way, consume, and prove that nothing was lost.
@@ -150,9 +153,10 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Standalone(args) => Box::pin(serve::run(args, &global)).await,
         Command::Broker(args) => Box::pin(cluster::broker(args, &global)).await,
         Command::Bookie(args) => Box::pin(cluster::bookie(args, &global)).await,
+        Command::Operator(args) => Box::pin(cluster::operator(args, &global)).await,
         Command::Cluster(command) => cluster::cluster(command, &global).await,
         Command::Ledger(command) => cluster::ledger(command, &global).await,
-        Command::Policy(command) => tier::policy(command, &global).await,
+        Command::Policy(command) => Box::pin(policy::policy(command, &global)).await,
         Command::Tier(command) => tier::tier(command, &global).await,
         Command::Config(command) => config::run(command, &global),
         Command::Demo(args) => Box::pin(crate::demo::run(args, &global)).await,

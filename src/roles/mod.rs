@@ -6,6 +6,7 @@
 
 pub(crate) mod bookie;
 pub(crate) mod broker;
+pub(crate) mod operator;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 

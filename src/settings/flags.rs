@@ -87,4 +87,5 @@ macro_rules! flags_of {
 
 flags_of!(BrokerFlags, Reader::Broker);
 flags_of!(BookieFlags, Reader::Bookie);
-flags_of!(AllFlags, Reader::Both);
+flags_of!(OperatorFlags, Reader::Operator);
+flags_of!(AllFlags, Reader::All);

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-pub(crate) use flags::{AllFlags, BookieFlags, BrokerFlags, Flags};
+pub(crate) use flags::{AllFlags, BookieFlags, BrokerFlags, Flags, OperatorFlags};
 pub(crate) use table::{Reader, SETTINGS, Setting};
 
 use crate::cli::exit::{Code, Failure};
@@ -249,6 +249,21 @@ mod tests {
         let settings = Effective::load(Reader::Bookie, &flags, |_| None).expect("sound");
         let wrong = settings.parse::<u32>("ledger.ensemble").expect_err("no number").to_string();
         assert!(wrong.contains("ledger.ensemble = \"three\" (flag --ledger-ensemble)"), "{wrong}");
+    }
+
+    #[test]
+    fn a_role_reads_its_own_settings_and_those_of_every_role() {
+        let keys = |role| -> Vec<&str> {
+            SETTINGS.iter().filter(|setting| setting.is_for(role)).map(|s| s.key).collect()
+        };
+        let operator = keys(Reader::Operator);
+        assert!(operator.contains(&"operator.resync_ms") && operator.contains(&"log.level"));
+        assert!(!operator.iter().any(|key| key.starts_with("metadata.")), "{operator:?}");
+        for role in [Reader::Broker, Reader::Bookie] {
+            assert!(!keys(role).iter().any(|key| key.starts_with("operator.")));
+            assert!(keys(role).contains(&"metadata.prefix") && keys(role).contains(&"log.level"));
+        }
+        assert_eq!(keys(Reader::All).len(), SETTINGS.len());
     }
 
     #[test]

@@ -7,7 +7,11 @@
 pub(crate) enum Reader {
     Broker,
     Bookie,
+    /// Brokers and bookies.
     Both,
+    Operator,
+    /// Every role.
+    All,
 }
 
 /// One setting.
@@ -29,7 +33,7 @@ const fn setting(
     Setting { key, reader, default, help }
 }
 
-use Reader::{Bookie, Both, Broker};
+use Reader::{All, Bookie, Both, Broker, Operator};
 
 /// All of them, in the order in which they are shown.
 pub(crate) const SETTINGS: &[Setting] = &[
@@ -182,8 +186,45 @@ pub(crate) const SETTINGS: &[Setting] = &[
         "1",
         "Share of the traces recorded by producers that this process takes part in, 0 to 1",
     ),
-    setting("log.level", Both, "info", "Log filter: a level, or target=level pairs"),
-    setting("log.format", Both, "pretty", "How log lines look: pretty or json"),
+    setting(
+        "operator.id",
+        Operator,
+        "",
+        "Name of this operator; empty: the host's name. A random suffix makes it one of a kind",
+    ),
+    setting(
+        "operator.namespace",
+        Operator,
+        "",
+        "The namespace whose objects it works on; empty: all of them",
+    ),
+    setting(
+        "operator.health_listen",
+        Operator,
+        "127.0.0.1:8651",
+        "Where metrics and health are served",
+    ),
+    setting(
+        "operator.lease_namespace",
+        Operator,
+        "default",
+        "Namespace of the Lease by which one of several operators works",
+    ),
+    setting("operator.lease_name", Operator, "geminga-operator", "Name of that Lease"),
+    setting(
+        "operator.lease_ttl_ms",
+        Operator,
+        "15000",
+        "Length of that Lease: another operator takes over after this much silence; whole seconds",
+    ),
+    setting(
+        "operator.resync_ms",
+        Operator,
+        "60000",
+        "How often every object is compared with what it describes, without any event",
+    ),
+    setting("log.level", All, "info", "Log filter: a level, or target=level pairs"),
+    setting("log.format", All, "pretty", "How log lines look: pretty or json"),
 ];
 
 /// The setting of this key.
@@ -204,6 +245,10 @@ impl Setting {
 
     /// Whether a role reads it.
     pub(crate) fn is_for(&self, role: Reader) -> bool {
-        self.reader == Both || role == Both || self.reader == role
+        match self.reader {
+            All => true,
+            Both => matches!(role, Broker | Bookie | Both | All),
+            reader => role == All || role == reader,
+        }
     }
 }

@@ -3,6 +3,7 @@
 mod contexts;
 mod harness;
 mod misuse;
+mod policies;
 mod processing;
 mod queues;
 mod readme;

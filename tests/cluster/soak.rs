@@ -18,7 +18,7 @@ use geminga_runtime::random::Random;
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 
-use harness::{BookieSpec, Cluster, ClusterSpec, Load, eventually};
+use harness::{BookieSpec, Cluster, ClusterSpec, Load, S3, eventually};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Fault {
@@ -32,9 +32,13 @@ enum Fault {
     CutBookie,
     KillEtcdMember,
     StopEtcd,
+    KillObjectStore,
+    FreezeObjectStore,
+    /// Everybody stands still for a moment, again and again, one after the other: a machine with too little CPU.
+    Stutter,
 }
 
-const FAULTS: [Fault; 10] = [
+const FAULTS: [Fault; 13] = [
     Fault::KillBroker,
     Fault::FreezeBroker,
     Fault::RestartBroker,
@@ -45,6 +49,9 @@ const FAULTS: [Fault; 10] = [
     Fault::CutBookie,
     Fault::KillEtcdMember,
     Fault::StopEtcd,
+    Fault::KillObjectStore,
+    Fault::FreezeObjectStore,
+    Fault::Stutter,
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -56,16 +63,23 @@ async fn soak() {
     let seed = number("SOAK_SEED", Random::from_os().u64());
     println!("soak: seed {seed}, {minutes} minutes");
     let random = Random::from_seed(seed);
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let mut s3 = S3::start(directory.path()).await;
     let spec = ClusterSpec {
         bookies: vec![BookieSpec::default(); 4],
         brokers: 3,
         settings: vec![
             ("bookie-lost-after-ms", "600000".into()),
-            ("ledger-roll-ms", "20000".into()),
+            ("ledger-roll-ms", number("SOAK_ROLL_MS", 10_000).to_string()),
+            ("tier-url", "s3://geminga/cold".into()),
         ],
+        environment: s3.environment(),
         ..ClusterSpec::default()
     };
     let mut cluster = Cluster::start(spec).await;
+    let keep = ["--retention-ms", "86400000", "--retention-bytes", "1000000000000"];
+    let offload = ["--offload-after-ms", "1000", "--delete-lag-ms", "60000"];
+    cluster.cli(&[&["policy", "set"], &offload[..], &keep[..]].concat()).await;
     let loads = [Load::start(&cluster, "one", 1).await, Load::start(&cluster, "four", 4).await];
     let end = Instant::now() + Duration::from_secs(minutes * 60);
     let mut totals: BTreeMap<Fault, (u32, Duration)> = BTreeMap::new();
@@ -75,7 +89,20 @@ async fn soak() {
         let (broker, bookie) = (pick(cluster.brokers()), pick(cluster.bookies()));
         let time = Duration::from_millis(500 + random.below(12_000));
         let begun = Instant::now();
-        harm(&mut cluster, fault, &broker, &bookie, time).await;
+        match fault {
+            Fault::KillObjectStore => {
+                s3.process.kill();
+                sleep(time).await;
+                s3.restart().await;
+            }
+            Fault::FreezeObjectStore => {
+                s3.process.signal(Signal::STOP);
+                sleep(time * 4).await;
+                s3.process.signal(Signal::CONT);
+            }
+            Fault::Stutter => stutter(&mut cluster, &random, time).await,
+            _ => harm(&mut cluster, fault, &broker, &bookie, time).await,
+        }
         for load in &loads {
             load.goes_on(&format!("{fault:?} {broker} {bookie} for {time:?} (seed {seed})")).await;
         }
@@ -96,6 +123,18 @@ async fn soak() {
             format!("{fault:?}"),
             time.as_secs_f64() / f64::from(*times)
         );
+    }
+}
+
+/// Stops random members for 50 to 1,500 ms each, for a time.
+async fn stutter(cluster: &mut Cluster, random: &Random, time: Duration) {
+    let end = Instant::now() + time;
+    let members = [cluster.brokers(), cluster.bookies()].concat();
+    while Instant::now() < end {
+        let member = &members[random.below(members.len() as u64) as usize];
+        cluster.process(member).signal(Signal::STOP);
+        sleep(Duration::from_millis(50 + random.below(1_450))).await;
+        cluster.process(member).signal(Signal::CONT);
     }
 }
 
@@ -138,6 +177,7 @@ async fn harm(cluster: &mut Cluster, fault: Fault, broker: &str, bookie: &str, t
             sleep(time).await;
             cluster.etcd.start_all().await;
         }
+        Fault::KillObjectStore | Fault::FreezeObjectStore | Fault::Stutter => {}
     }
     let members = cluster.brokers().len();
     eventually("every broker is registered again", async || {

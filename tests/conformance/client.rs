@@ -5,13 +5,14 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use geminga_proto::{
     admin::v1::{
-        CreateSubscriptionRequest, CreateTopicRequest, DescribeSubscriptionRequest, Subscription,
+        CreateSubscriptionRequest, CreateTopicRequest, DescribeSubscriptionRequest,
+        DescribeTopicRequest, SegmentState, SetPoliciesRequest, Subscription, TierStatusRequest,
         admin_client::AdminClient,
     },
     key_hash::key_hash,
     reason::{DOMAIN, Reason},
     v1::{
-        Batch, PayloadFormat, PublishRequest, Receipt, Record, RecordBatch, RecordIndex,
+        Batch, PayloadFormat, Policies, PublishRequest, Receipt, Record, RecordBatch, RecordIndex,
         SubscriptionSettings, SubscriptionStart, SubscriptionType,
         publisher_client::PublisherClient, subscriber_client::SubscriberClient,
     },
@@ -117,6 +118,44 @@ impl Client {
             self.admin().describe_subscription(DescribeSubscriptionRequest { topic, name }).await
         })
         .await
+    }
+
+    /// A segment as its owner describes it.
+    pub(crate) async fn state(&self, topic: &str, segment: u32) -> SegmentState {
+        let described = retrying("describe the topic", async || {
+            let request = DescribeTopicRequest { name: topic.to_owned() };
+            self.admin().describe_topic(request).await
+        })
+        .await;
+        described.segments.into_iter().find(|of| of.segment == segment).expect("it has it")
+    }
+
+    /// Sets policies of a scope; those that are absent stay.
+    pub(crate) async fn set_policies(&self, scope: &str, policies: Policies) {
+        self.change_policies(scope, policies, &[]).await;
+    }
+
+    /// Takes policies from the level above again.
+    pub(crate) async fn unset_policies(&self, scope: &str, unset: &[&str]) {
+        self.change_policies(scope, Policies::default(), unset).await;
+    }
+
+    async fn change_policies(&self, scope: &str, policies: Policies, unset: &[&str]) {
+        let unset = unset.iter().map(|name| (*name).to_owned()).collect();
+        let request =
+            SetPoliciesRequest { scope: scope.to_owned(), policies: Some(policies), unset };
+        retrying("set policies", async || self.admin().set_policies(request.clone()).await).await;
+    }
+
+    /// Waits until the owners of a topic act by such policies.
+    pub(crate) async fn in_force(&self, topic: &str, wanted: impl Fn(&Policies) -> bool) {
+        eventually("the policy is in force", async || {
+            let request = TierStatusRequest { topic: topic.to_owned() };
+            let told = self.admin().tier_status(request).await.ok()?.into_inner().segments;
+            let all = told.iter().all(|of| of.in_force.as_ref().is_some_and(&wanted));
+            (all && !told.is_empty()).then_some(())
+        })
+        .await;
     }
 
     /// Publishes records to a segment, with one call, and gives the offset of the first.

@@ -6,13 +6,15 @@ use std::{
 };
 
 use bytes::Bytes;
-use geminga_proto::v1::{
-    Accept, AcceptUpTo, Assigned, Claim, ConsumeFrame, ConsumeOpened, ConsumeReply, Credit,
-    Delivery, Extend, OffsetRange, OpenConsume, Ping, ReadFrom, RecordBatch, Reject, Release,
-    Revoked, Route, Settle, SettleRefused, consume_frame::Frame, consume_reply::Reply,
-    settle::Verb,
+use geminga_proto::{
+    records::Records,
+    v1::{
+        Accept, AcceptUpTo, Assigned, Claim, ConsumeFrame, ConsumeOpened, ConsumeReply, Credit,
+        Delivery, Extend, Leave, OffsetRange, OpenConsume, Ping, ReadFrom, Reject, Release,
+        Revoked, Route, Settle, SettleRefused, consume_frame::Frame, consume_reply::Reply,
+        settle::Verb,
+    },
 };
-use prost::Message;
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -42,9 +44,13 @@ impl Got {
 
 /// The messages of a delivery, in order.
 pub(crate) fn messages(delivery: &Delivery) -> Vec<Got> {
-    assert_eq!(delivery.codec, 0, "the tests publish without compression");
-    let records = RecordBatch::decode(&delivery.payload[..]).expect("as it was published").records;
-    assert_eq!(records.len(), delivery.count as usize, "as it was published");
+    let (size, count) = (delivery.uncompressed_size, delivery.count);
+    let mut payload = Records::open(delivery.codec(), size, count, delivery.payload.clone())
+        .expect("as it was published, or as a view keeps it");
+    let mut records = Vec::new();
+    while let Some(record) = payload.read().expect("as it was published") {
+        records.push(record);
+    }
     let offsets = delivery.deliver.iter().flat_map(|range| range.first..=range.last);
     let at = Instant::now();
     offsets
@@ -88,6 +94,10 @@ pub(crate) struct Consumer {
     pub(crate) inbox: VecDeque<Got>,
     pub(crate) revoked: Vec<Revoked>,
     pub(crate) assigned: Option<Assigned>,
+    /// The server asked to leave the stream.
+    pub(crate) told_to_go: bool,
+    /// Frames of any kind that came over this stream.
+    pub(crate) frames_heard: u64,
     /// Messages that came over this stream.
     pub(crate) received: u64,
     granted: (u64, u64),
@@ -140,6 +150,8 @@ impl Client {
             inbox: VecDeque::new(),
             revoked: Vec::new(),
             assigned: None,
+            told_to_go: false,
+            frames_heard: 0,
             received: 0,
             granted: (0, 0),
             token: 0,
@@ -184,7 +196,9 @@ impl Consumer {
         if self.ended.is_some() {
             std::future::pending().await
         }
-        match self.replies.message().await {
+        let next = self.replies.message().await;
+        self.frames_heard += 1;
+        match next {
             Ok(Some(reply)) => match reply.reply.expect("a known kind of reply") {
                 Reply::Delivery(delivery) => {
                     let messages = messages(&delivery);
@@ -207,7 +221,8 @@ impl Consumer {
                     self.revoked.push(revoked);
                 }
                 Reply::Pong(pong) => self.pong = self.pong.max(pong.token),
-                Reply::GoAway(_) => {}
+                Reply::GoAway(_) => self.told_to_go = true,
+                Reply::ReaderAt(_) => {}
                 Reply::Opened(_) => panic!("opened twice"),
             },
             Ok(None) => self.ended = Some(Ok(())),
@@ -286,6 +301,11 @@ impl Consumer {
         })
         .await;
         self.ended.clone().expect("it ended")
+    }
+
+    /// Says that it goes for good; the stream stays as it is.
+    pub(crate) async fn say_leave(&mut self) {
+        self.send(Frame::Leave(Leave {})).await;
     }
 
     /// Closes its side and waits for the server's: a clean end.

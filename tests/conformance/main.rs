@@ -17,6 +17,7 @@ mod harness;
 
 mod client;
 mod consumer;
+mod http;
 mod judge;
 mod page;
 mod producer;

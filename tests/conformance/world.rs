@@ -4,6 +4,7 @@ use std::{path::Path, time::Duration};
 
 use geminga_proto::admin::v1::{ListTenantsRequest, LocateTopicRequest};
 use rustix::process::Signal;
+use serde_json::Value;
 use tempfile::TempDir;
 use tokio::{
     sync::{Mutex, RwLock},
@@ -14,6 +15,7 @@ use tonic::transport::Channel;
 use crate::{
     client::Client,
     harness::{Cluster, ClusterSpec, PATIENCE, Process, eventually, free_port, geminga},
+    http::{self, Answer},
 };
 
 /// The two forms of the product.
@@ -88,6 +90,19 @@ impl World {
         }
         let servers = self.cluster().read().await.servers();
         servers.split(',').map(|url| url.trim_start_matches("http://").to_owned()).collect()
+    }
+
+    /// One request with a JSON body, as curl would send it, to a server.
+    pub(crate) async fn post(&self, path: &str, content_type: &str, body: &Value) -> Answer {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let address = self.addresses().await.remove(0);
+        http::call(&address, "POST", path, &[("Content-Type", content_type)], &body).await
+    }
+
+    /// Gets a page in this format.
+    pub(crate) async fn get_as(&self, path: &str, accept: &str) -> Answer {
+        let address = self.addresses().await.remove(0);
+        http::call(&address, "GET", path, &[("Accept", accept)], "").await
     }
 
     fn cluster(&self) -> &RwLock<Cluster> {

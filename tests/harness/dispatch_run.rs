@@ -231,7 +231,9 @@ impl<'a> Dispatch<'a> {
             unacked_per_consumer_max: plan.unacked_max,
             consumers_max: 16,
             read_ahead_bytes_max: 4_000,
-            parked_messages_max: 200,
+            // Few enough for a shared one to reach what is past them.
+            parked_messages_max: if policy.kind == Kind::Shared { 20 } else { 200 },
+            run_pause_ms: 50,
             dead_letters_max: 100,
             grace_ms: 5_000,
         };

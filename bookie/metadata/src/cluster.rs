@@ -126,7 +126,7 @@ pub async fn ensure_cluster(
     };
     let public = TenantName::parse("public").expect("a valid name");
     let default = NamespaceName::parse("public/default").expect("a valid name");
-    let tenant = storage::TenantValue { format: FORMAT, created_at_ms: now.0 };
+    let tenant = storage::TenantValue { format: FORMAT, created_at_ms: now.0, policies: None };
     let namespace = storage::NamespaceValue {
         format: FORMAT,
         created_at_ms: now.0,

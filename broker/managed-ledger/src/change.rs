@@ -8,13 +8,14 @@ use geminga_bookie_client::{
     CloseVerdict, LedgerOwner, LedgerWriter, NewLedger, Sealed, Versioned, settled_close,
 };
 use geminga_metadata::{Committed, Compare, Key, Op, Revision, Txn, commit, keys};
-use geminga_proto::ids::{LedgerId, SegmentId};
+use geminga_proto::ids::{LedgerId, Offset, SegmentId};
 
 use crate::{
     error::LoadError,
     factory::ManagedLedgers,
-    list::{Counts, List, Log},
+    list::{Counts, List, Log, Tombstones},
     offload::Object,
+    takeover::LEDGERS_PER_TXN,
 };
 
 /// The list as it stands, under our epoch.
@@ -69,7 +70,7 @@ impl Changer {
         &self,
         current: Current,
         log: Log,
-        mut sealed: Sealed,
+        sealed: Sealed,
         counts: Counts,
         open_next: bool,
     ) -> Result<(Current, Option<LedgerWriter>), ChangeError> {
@@ -94,6 +95,20 @@ impl Changer {
                 Err(error) => return Err(error),
             }
         }
+        let lost = |id| ChangeError::Fenced(format!("ledger {id} was taken over"));
+        self.commit_close(current.revision, list, sealed, next, lost).await
+    }
+
+    /// One transaction {Open -> Closed; the next ledger, if any; list}, built anew while only a replicator moves the key.
+    /// `lost`: what it means that somebody else closed the ledger.
+    async fn commit_close(
+        &self,
+        read_at: Revision,
+        list: List,
+        mut sealed: Sealed,
+        next: Option<NewLedger>,
+        lost: fn(LedgerId) -> ChangeError,
+    ) -> Result<(Current, Option<LedgerWriter>), ChangeError> {
         let value = encode(&list)?;
         let shows = |stored: &List| {
             next.as_ref().map_or_else(|| *stored == list, |new| lists(stored, new.id))
@@ -101,13 +116,13 @@ impl Changer {
         let mut close_txn = sealed.txn.clone();
         for _ in 0..TRIES_MAX {
             let mut txn = Txn::new()
-                .when(Compare::ModRevision(self.list_key(), current.revision))
+                .when(Compare::ModRevision(self.list_key(), read_at))
                 .then(Op::put(self.list_key(), value.clone()))
                 .and(close_txn.clone());
             if let Some(new) = &next {
                 txn = txn.and(new.txn.clone());
             }
-            match self.settle(&txn, current.revision, &list, &shows).await? {
+            match self.settle(&txn, read_at, &list, &shows).await? {
                 Settled::Done(revision) => {
                     let writer = next.map(|new: NewLedger| {
                         self.ledgers
@@ -126,12 +141,7 @@ impl Changer {
                             sealed = *again;
                             close_txn = sealed.txn.clone();
                         }
-                        CloseVerdict::Lost => {
-                            return Err(ChangeError::Fenced(format!(
-                                "ledger {} was taken over",
-                                sealed.id
-                            )));
-                        }
+                        CloseVerdict::Lost => return Err(lost(sealed.id)),
                     }
                 }
             }
@@ -236,6 +246,64 @@ impl Changer {
         Ok(Current { list, revision })
     }
 
+    /// M4: a ledger of a compacted view that is being written, created and listed in one transaction.
+    pub(crate) async fn open_view(
+        &self,
+        current: Current,
+        base_offset: Offset,
+    ) -> Result<(Current, LedgerWriter), ChangeError> {
+        let new = self.plan(&current).await?;
+        let mut list = current.list;
+        list.open_view(new.id, base_offset).map_err(not_now)?;
+        let revision = self
+            .commit_list(current.revision, &list, new.txn.clone(), |list| lists(list, new.id))
+            .await?;
+        let writer = self.ledgers.parts().client.writer(Versioned::created(new.metadata, revision));
+        Ok((Current { list, revision }, writer))
+    }
+
+    /// A ledger of a view that is being written ends. One that somebody else closed is of no use, and no harm: it is no
+    /// ledger of the log.
+    pub(crate) async fn close_view(
+        &self,
+        current: Current,
+        sealed: Sealed,
+        counts: Counts,
+    ) -> Result<Current, ChangeError> {
+        let mut list = current.list;
+        list.close(sealed.id, counts);
+        let lost = |id| not_now(format!("ledger {id} was closed by somebody else"));
+        Ok(self.commit_close(current.revision, list, sealed, None, lost).await?.0)
+    }
+
+    /// The view that was written takes the place of the one before, whose ledgers are deleted in the same transaction, as
+    /// many as one may hold.
+    pub(crate) async fn swap_view(
+        &self,
+        current: Current,
+        horizon: Offset,
+        tombstones: Tombstones,
+    ) -> Result<Current, ChangeError> {
+        let mut list = current.list;
+        let gone = list.swap_view(horizon, tombstones, LEDGERS_PER_TXN);
+        let deletes = self.deletes(&gone).await?;
+        let revision =
+            self.commit_list(current.revision, &list, deletes, |stored| *stored == list).await?;
+        Ok(Current { list, revision })
+    }
+
+    /// Ledgers of a view that nobody reads are deleted, as many as a transaction may hold; each is closed.
+    pub(crate) async fn drop_view(&self, current: Current) -> Result<Current, ChangeError> {
+        let mut list = current.list;
+        let ledgers: Vec<LedgerId> =
+            list.compacting.iter().map(|listed| listed.id).take(LEDGERS_PER_TXN).collect();
+        let deletes = self.deletes(&ledgers).await?;
+        list.compacting.retain(|listed| !ledgers.contains(&listed.id));
+        let revision =
+            self.commit_list(current.revision, &list, deletes, |stored| *stored == list).await?;
+        Ok(Current { list, revision })
+    }
+
     /// Closed -> Deleted for each, unless the cluster was restored and nobody has confirmed that yet (G3).
     async fn deletes(&self, ledgers: &[LedgerId]) -> Result<Txn, ChangeError> {
         let confirmed = self.ledgers.is_confirmed().await.map_err(not_now)?;
@@ -335,7 +403,7 @@ enum Settled {
 }
 
 fn lists(list: &List, id: LedgerId) -> bool {
-    list.ledgers().any(|(_, listed)| listed.id == id)
+    list.all_ledgers().any(|listed| listed.id == id)
 }
 
 fn encode(list: &List) -> Result<Vec<u8>, ChangeError> {

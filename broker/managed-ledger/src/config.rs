@@ -37,6 +37,17 @@ pub struct ManagedLedgerConfig {
     pub cache_bytes: u64,
     /// And per segment.
     pub segment_cache_bytes: u64,
+    /// Batches behind the tail kept in memory a short while, so that several readers of the same old range ask bookies once,
+    /// payload bytes, all segments together. They never push out those at the tail.
+    pub catch_up_cache_bytes: u64,
+    /// Read and written by compaction, bytes a second, together with what is published and read meanwhile: compaction takes
+    /// what that leaves, and a sixteenth always.
+    pub compaction_bytes_per_s: u64,
+    /// Memory for the keys of one round of a compaction, bytes; more keys make more rounds.
+    pub compaction_table_bytes: u64,
+    /// A key that was deleted is told of in the compacted view for so long, and at most for twice as long: longer than a
+    /// reader takes for a view.
+    pub tombstones_kept: Duration,
     /// Memory of all uploads to cold storage together, bytes; one upload takes about 60 MiB of it.
     pub offload_bytes: u64,
     /// Blocks of offloaded ledgers kept in memory for readers, bytes, all segments together.
@@ -70,6 +81,10 @@ impl Default for ManagedLedgerConfig {
             commands_max: 16_384,
             cache_bytes: 256 << 20,
             segment_cache_bytes: 32 << 20,
+            catch_up_cache_bytes: 64 << 20,
+            compaction_bytes_per_s: 64 << 20,
+            compaction_table_bytes: 64 << 20,
+            tombstones_kept: Duration::from_secs(24 * 3600),
             offload_bytes: 128 << 20,
             object_block_bytes: 64 << 20,
             object_index_bytes: 8 << 20,

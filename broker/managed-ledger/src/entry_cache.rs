@@ -24,7 +24,7 @@ struct Held {
 }
 
 /// What a batch costs beyond its payload.
-const OVERHEAD_BYTES: u64 = 512;
+pub(crate) const OVERHEAD_BYTES: u64 = 512;
 
 impl EntryCache {
     pub(crate) fn new(shared: ByteBudget, bytes_max: u64) -> Self {

@@ -145,6 +145,17 @@ pub enum ReadError {
     Fenced,
 }
 
+/// Why nothing was read of the compacted view and the log behind it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CompactedReadError {
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The reader began with a view that was replaced so long ago that the present one tells no more which keys were deleted
+    /// since. Begin anew, without what was read.
+    #[error("the compacted view that this reader began with was replaced too long ago")]
+    Superseded,
+}
+
 /// Why a cursor was not changed, or may not have been.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettleError {

@@ -1,12 +1,18 @@
 //! What all segments of a broker share.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use geminga_bookie_client::LedgerClient;
 use geminga_metadata::{IdBlocks, Op, SharedStore, keys};
 use geminga_proto::ids::{SegmentId, generation_base_64};
 use geminga_runtime::{budget::ByteBudget, clock::SharedClock, random::Random, tasks::Tasks};
-use tokio::time::Instant;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -44,7 +50,12 @@ struct Inner {
     parts: ManagedLedgersParts,
     ledger_ids: IdBlocks,
     cache_bytes: ByteBudget,
+    catch_up_bytes: ByteBudget,
     offload_bytes: ByteBudget,
+    /// One compaction at a time.
+    compaction: Arc<Semaphore>,
+    /// Published and read so far, bytes; it wraps.
+    traffic: AtomicU64,
     cold: Option<Arc<ColdReader>>,
 }
 
@@ -59,6 +70,7 @@ impl ManagedLedgers {
         let ledger_ids =
             IdBlocks::new(parts.store.clone(), keys::counter("ledger"), LEDGER_IDS_BLOCK, base);
         let cache_bytes = ByteBudget::new(parts.config.cache_bytes);
+        let catch_up_bytes = ByteBudget::new(parts.config.catch_up_cache_bytes);
         let offload_bytes = ByteBudget::new(parts.config.offload_bytes);
         let reader = |cold: &ColdStorage| {
             let (index, blocks) =
@@ -66,7 +78,16 @@ impl ManagedLedgers {
             Arc::new(ColdReader::new(cold.clone(), index, blocks, parts.metrics.clone()))
         };
         let cold = parts.cold.as_ref().map(reader);
-        Self(Arc::new(Inner { parts, ledger_ids, cache_bytes, offload_bytes, cold }))
+        Self(Arc::new(Inner {
+            parts,
+            ledger_ids,
+            cache_bytes,
+            catch_up_bytes,
+            offload_bytes,
+            compaction: Arc::new(Semaphore::new(1)),
+            traffic: AtomicU64::new(0),
+            cold,
+        }))
     }
 
     /// The list value of a new segment, for the transaction that creates its topic.
@@ -98,6 +119,27 @@ impl ManagedLedgers {
 
     pub(crate) fn cache_bytes(&self) -> &ByteBudget {
         &self.0.cache_bytes
+    }
+
+    /// Taken by what is kept of reads behind the tail.
+    pub(crate) fn catch_up_bytes(&self) -> &ByteBudget {
+        &self.0.catch_up_bytes
+    }
+
+    /// So much was published or read.
+    pub(crate) fn note_traffic(&self, bytes: u64) {
+        self.0.traffic.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Published and read so far, bytes; it wraps.
+    pub(crate) fn traffic_bytes(&self) -> u64 {
+        self.0.traffic.load(Ordering::Relaxed)
+    }
+
+    /// Waits until no other segment of this broker is being compacted.
+    pub(crate) fn compaction_turn(&self) -> impl Future<Output = OwnedSemaphorePermit> + use<> {
+        let turns = Arc::clone(&self.0.compaction);
+        async move { turns.acquire_owned().await.expect("the semaphore is never closed") }
     }
 
     /// Taken by uploads.

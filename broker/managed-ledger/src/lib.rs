@@ -6,13 +6,16 @@
 //!
 //! Main path: [`segment`]'s owner task checks the chain ([`dedup`]), gives the offset, appends to the open ledger, and rolls
 //! it through list changes ([`change`]); [`takeover`] and [`load`] bring a segment back; `read.rs` serves readers beside it;
-//! [`offload`] moves old ledgers to object storage, and `segment/tier.rs` trims what nobody needs.
+//! [`offload`] moves old ledgers to object storage, and `segment/tier.rs` trims what nobody needs; [`compaction`] keeps the
+//! latest message of each key beside the log.
 //! The decisions are plain synchronous code: [`dedup`], [`cursor`] and `redelivery.rs`, [`list`],
 //! `cursor_log.rs`.
 //! What it deliberately does not know: topics' names, subscriptions' names, consumers, gRPC.
 
 mod backlog;
+mod catch_up;
 mod change;
+mod compaction;
 mod config;
 pub mod cursor;
 mod cursor_log;
@@ -39,7 +42,8 @@ mod types;
 pub use backlog::Backlog;
 pub use config::ManagedLedgerConfig;
 pub use error::{
-    DeleteError, LoadError, ProducerError, PublishError, ReadError, SettleError, TierError,
+    CompactedReadError, DeleteError, LoadError, ProducerError, PublishError, ReadError,
+    SettleError, TierError,
 };
 pub use factory::{ManagedLedgers, ManagedLedgersParts};
 pub use metrics::ManagedLedgerMetrics;
@@ -49,7 +53,8 @@ pub use offload::{
 pub use redelivery::{CONSUMER_BYTES_MAX, REASON_BYTES_MAX};
 pub use segment::ManagedLedger;
 pub use types::{
-    Access, Claim, CursorView, DeadLetter, DeadLetterCounts, KeyOwner, LeaseRecord, Outcome,
-    ProducerIdentity, ProducerOpen, ProducerOpened, PublishBatch, Redelivery, RedeliveryView,
-    Settlement, Start, Stats, Status, Stored, StoredBatch, TierProgress, TierStatus,
+    Access, Claim, CompactedRead, CompactionStatus, CursorView, DeadLetter, DeadLetterCounts,
+    KeyOwner, LeaseRecord, Outcome, ProducerIdentity, ProducerOpen, ProducerOpened, PublishBatch,
+    Redelivery, RedeliveryView, Settlement, Start, Stats, Status, Stored, StoredBatch,
+    TierProgress, TierStatus,
 };

@@ -2,12 +2,16 @@
 //!
 //! Each step is pure; the caller carries it out as one CAS with the ledgers it concerns (M1, M2, M4).
 
+mod view;
+
 use bytes::Bytes;
 use geminga_proto::{
     ids::{Epoch, LedgerId, Offset},
     storage::v1 as wire,
 };
 use prost::Message;
+
+pub use view::Tombstones;
 
 use crate::offload::{Object, Offload, Stage};
 
@@ -113,6 +117,15 @@ pub struct List {
     pub next_offset: Offset,
     /// Signs the handles of deliveries, over all owners (L4); zeros before the first takeover, which draws it.
     pub handle_key: HandleKey,
+    /// The compacted view: the latest message of each key below `compacted_to`. In offset order with gaps, all Closed;
+    /// `records` counts what a reader that begins now gets.
+    pub compacted: Vec<Listed>,
+    /// The compaction horizon.
+    pub compacted_to: Offset,
+    /// Ledgers of a view that is being written, or that is to be deleted: nobody reads them.
+    pub compacting: Vec<Listed>,
+    /// Which deleted keys the view still tells of.
+    pub tombstones: Tombstones,
     /// Kept as read: delayed messages are not of this version.
     timers: Vec<wire::LedgerEntry>,
 }
@@ -135,6 +148,10 @@ impl List {
             first_offset: Offset(0),
             next_offset: Offset(0),
             handle_key: HandleKey::default(),
+            compacted: Vec::new(),
+            compacted_to: Offset(0),
+            compacting: Vec::new(),
+            tombstones: Tombstones::default(),
             timers: Vec::new(),
         }
     }
@@ -145,6 +162,11 @@ impl List {
         data.chain(self.cursor_log.iter().map(|listed| (Log::Cursor, listed)))
     }
 
+    /// All ledgers that the list names: those of [`Self::ledgers`], the compacted view, and the one being written.
+    pub fn all_ledgers(&self) -> impl Iterator<Item = &Listed> + '_ {
+        self.ledgers().map(|(_, listed)| listed).chain(&self.compacted).chain(&self.compacting)
+    }
+
     /// Whether the key that signs handles was drawn.
     #[must_use]
     pub fn has_handle_key(&self) -> bool {
@@ -152,7 +174,8 @@ impl List {
     }
 
     fn find_mut(&mut self, id: LedgerId) -> Option<&mut Listed> {
-        self.data.iter_mut().chain(&mut self.cursor_log).find(|listed| listed.id == id)
+        let log = self.data.iter_mut().chain(&mut self.cursor_log);
+        log.chain(&mut self.compacting).find(|listed| listed.id == id)
     }
 
     /// TK1: where the ledger ends is being found out.
@@ -285,6 +308,8 @@ impl List {
         self.next_offset = self.closed_end();
         self.data.retain(|listed| !ids.contains(&listed.id));
         self.cursor_log.retain(|listed| !ids.contains(&listed.id));
+        self.compacted.retain(|listed| !ids.contains(&listed.id));
+        self.compacting.retain(|listed| !ids.contains(&listed.id));
         self.first_offset = self.data.first().map_or(self.next_offset, |listed| listed.base_offset);
     }
 
@@ -343,6 +368,12 @@ impl List {
                 true => Bytes::copy_from_slice(&self.handle_key.0),
                 false => Bytes::new(),
             },
+            compacted: self.compacted.iter().map(to_wire).collect(),
+            compacted_to: self.compacted_to.0,
+            compacting: self.compacting.iter().map(to_wire).collect(),
+            tombstones_from: self.tombstones.from.0,
+            tombstones_next: self.tombstones.next.0,
+            tombstones_next_at_ms: self.tombstones.next_at_ms,
         }
     }
 
@@ -378,6 +409,14 @@ impl List {
             first_offset: Offset(value.first_offset),
             next_offset: Offset(value.next_offset),
             handle_key,
+            compacted: ledgers(value.compacted)?,
+            compacted_to: Offset(value.compacted_to),
+            compacting: ledgers(value.compacting)?,
+            tombstones: Tombstones {
+                from: Offset(value.tombstones_from),
+                next: Offset(value.tombstones_next),
+                next_at_ms: value.tombstones_next_at_ms,
+            },
             timers: value.timers,
         };
         list.validate()?;
@@ -403,7 +442,8 @@ impl List {
                 return Err(ListError(format!("has a hole before ledger {}", pair[1].id)));
             }
         }
-        let mut ids: Vec<_> = self.data.iter().chain(&self.cursor_log).map(|l| l.id).collect();
+        self.validate_view()?;
+        let mut ids: Vec<_> = self.all_ledgers().map(|listed| listed.id).collect();
         ids.sort_unstable();
         match ids.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(pair) => Err(ListError(format!("names ledger {} twice", pair[0]))),
@@ -476,6 +516,9 @@ mod tests {
         RecoverAll,
         DropCursorLedger,
         Offload(usize),
+        BeginView(u64),
+        Swap,
+        Clear,
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -486,6 +529,9 @@ mod tests {
             Just(Step::RecoverAll),
             Just(Step::DropCursorLedger),
             any::<usize>().prop_map(Step::Offload),
+            (0u64..9).prop_map(Step::BeginView),
+            Just(Step::Swap),
+            Just(Step::Clear),
         ]
     }
 
@@ -530,6 +576,23 @@ mod tests {
                             }
                         }
                     }
+                    Step::BeginView(at) => {
+                        let base = list.compacting.last().map_or(0, |last| last.base_offset.0) + at;
+                        if list.compacting.iter().all(|l| l.state == ListedState::Closed) && base < records {
+                            list.open_view(LedgerId(next_id), Offset(base)).expect("room");
+                            list.close(LedgerId(next_id), Counts { entries: 1, records: 1, ..Counts::default() });
+                            next_id += 1;
+                        }
+                    }
+                    Step::Swap => {
+                        let (before, new) = (list.compacted.clone(), list.compacting.clone());
+                        let tombstones = list.tombstones.after_round(Offset(records), next_id, 5);
+                        let gone = list.swap_view(Offset(records), tombstones, 2);
+                        prop_assert_eq!(&list.compacted, &new);
+                        let left: Vec<_> = list.compacting.iter().map(|l| l.id).collect();
+                        prop_assert_eq!([gone, left].concat(), before.iter().map(|l| l.id).collect::<Vec<_>>());
+                    }
+                    Step::Clear => list.drop_ledgers(&list.compacting.iter().map(|l| l.id).collect::<Vec<_>>()),
                     Step::DropCursorLedger => {
                         let closed = list.cursor_log.iter().find(|listed| listed.state == ListedState::Closed);
                         if let Some(id) = closed.map(|listed| listed.id) { list.drop_cursor_ledger(id); }

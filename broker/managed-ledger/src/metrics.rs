@@ -20,9 +20,15 @@ pub struct ManagedLedgerMetrics {
     pub fenced: Counter,
     /// From the first transaction of a takeover to service.
     pub load_duration: Histogram,
-    /// Batches served from memory, and read from bookies.
+    /// Batches read at the tail, from memory, and those that are not there any more.
     pub cache_hits: Counter,
     pub cache_misses: Counter,
+    /// Of the latter: those that somebody else had just read or was reading, and those read from bookies or objects.
+    pub catch_up_hits: Counter,
+    pub catch_up_misses: Counter,
+    /// Bytes kept in memory at the tail, and behind it.
+    pub cache_bytes: Gauge,
+    pub catch_up_bytes: Gauge,
     /// Settle records made durable, and the log entries they took.
     pub settles: Counter,
     pub settle_entries: Counter,
@@ -52,6 +58,11 @@ pub struct ManagedLedgerMetrics {
     pub object_damage: Counter,
     /// Objects removed because no list names them.
     pub objects_swept: Counter,
+    /// Rounds of compactions, those that failed (they are repeated), bytes they read and wrote.
+    pub compactions: Counter,
+    pub compaction_failures: Counter,
+    pub compaction_read_bytes: Counter,
+    pub compaction_written_bytes: Counter,
     /// Messages that expired, and that were evicted because of a quota, of each subscription.
     pub expired_messages: Counter,
     pub evicted_messages: Counter,
@@ -70,6 +81,10 @@ impl Default for ManagedLedgerMetrics {
             load_duration: histogram(),
             cache_hits: Counter::default(),
             cache_misses: Counter::default(),
+            catch_up_hits: Counter::default(),
+            catch_up_misses: Counter::default(),
+            cache_bytes: Gauge::default(),
+            catch_up_bytes: Gauge::default(),
             settles: Counter::default(),
             settle_entries: Counter::default(),
             leases_dropped: Counter::default(),
@@ -87,6 +102,10 @@ impl Default for ManagedLedgerMetrics {
             object_read_bytes: Counter::default(),
             object_damage: Counter::default(),
             objects_swept: Counter::default(),
+            compactions: Counter::default(),
+            compaction_failures: Counter::default(),
+            compaction_read_bytes: Counter::default(),
+            compaction_written_bytes: Counter::default(),
             expired_messages: Counter::default(),
             evicted_messages: Counter::default(),
             segments: Gauge::default(),
@@ -104,8 +123,18 @@ impl ManagedLedgerMetrics {
         counter("appends", "Batches appended and acknowledged", &metrics.appends);
         counter("rolls", "Ledgers that were followed by another", &metrics.rolls);
         counter("fenced", "Segments that were fenced", &metrics.fenced);
-        counter("cache_hits", "Batches served from memory", &metrics.cache_hits);
-        counter("cache_misses", "Batches read from bookies", &metrics.cache_misses);
+        counter("cache_hits", "Batches read at the tail, from memory", &metrics.cache_hits);
+        counter("cache_misses", "Batches read behind the tail", &metrics.cache_misses);
+        counter(
+            "catch_up_hits",
+            "Batches behind the tail that another reader had read or was reading",
+            &metrics.catch_up_hits,
+        );
+        counter(
+            "catch_up_misses",
+            "Batches behind the tail that were read from bookies or cold storage",
+            &metrics.catch_up_misses,
+        );
         counter("settles", "Settles made durable", &metrics.settles);
         counter("settle_entries", "Cursor-log entries written", &metrics.settle_entries);
         counter("leases_dropped", "Runs of first deliveries not logged", &metrics.leases_dropped);
@@ -134,13 +163,31 @@ impl ManagedLedgerMetrics {
         counter("object_read_bytes", "Bytes read from cold storage", &metrics.object_read_bytes);
         counter("object_damage", "Damaged blocks in cold storage", &metrics.object_damage);
         counter("objects_swept", "Objects removed that no list names", &metrics.objects_swept);
+        counter("compactions", "Rounds of compactions", &metrics.compactions);
+        counter(
+            "compaction_failures",
+            "Compactions that failed and are repeated",
+            &metrics.compaction_failures,
+        );
+        counter(
+            "compaction_read_bytes",
+            "Payload bytes read by compactions",
+            &metrics.compaction_read_bytes,
+        );
+        counter(
+            "compaction_written_bytes",
+            "Bytes of compacted views written",
+            &metrics.compaction_written_bytes,
+        );
         counter("expired_messages", "Messages that outlived their time", &metrics.expired_messages);
         counter("evicted_messages", "Messages evicted by a quota", &metrics.evicted_messages);
-        registry.register(
-            "geminga_managed_ledger_segments",
-            "Segments in service",
-            metrics.segments.clone(),
-        );
+        for (name, help, gauge) in [
+            ("segments", "Segments in service", &metrics.segments),
+            ("cache_bytes", "Bytes kept in memory at the tail", &metrics.cache_bytes),
+            ("catch_up_bytes", "Bytes kept in memory behind the tail", &metrics.catch_up_bytes),
+        ] {
+            registry.register(format!("geminga_managed_ledger_{name}"), help, gauge.clone());
+        }
         for (name, help, histogram) in [
             ("append_duration", "Append, from batch to acknowledgement", &metrics.append_duration),
             ("load_duration", "Takeover and load of a segment", &metrics.load_duration),

@@ -1,6 +1,8 @@
 //! Reading by offset: which ledger, which entry; from memory, else from bookies or objects (`read/place.rs`). Runs beside
 //! the owner task, on a view of what is confirmed (RD2).
 
+mod cached;
+mod compacted;
 mod place;
 mod time;
 
@@ -16,9 +18,11 @@ use geminga_bookie_client::{LedgerMetadata, LedgerWriter, bookie_rpc::EntryRange
 use geminga_proto::ids::{EntryId, LedgerId, Offset, SegmentId};
 use parking_lot::Mutex;
 
+pub(crate) use compacted::Wanted;
 pub(crate) use place::Place;
 
 use crate::{
+    catch_up::CatchUp,
     entry_cache::{EntryCache, Taken},
     entry_header,
     error::ReadError,
@@ -69,7 +73,8 @@ struct OpenLedger {
 pub(crate) struct View {
     ledgers: ManagedLedgers,
     segment: SegmentId,
-    pub(crate) cache: EntryCache,
+    cache: EntryCache,
+    catch_up: CatchUp,
     list: Mutex<Arc<List>>,
     /// Everything below counts as gone: a trim was sent and did not conflict (M3). 0: none is under way.
     floor: AtomicU64,
@@ -80,12 +85,10 @@ pub(crate) struct View {
 
 impl View {
     pub(crate) fn new(ledgers: ManagedLedgers, segment: SegmentId, list: List) -> Self {
-        let cache = EntryCache::new(
-            ledgers.cache_bytes().clone(),
-            ledgers.parts().config.segment_cache_bytes,
-        );
+        let bytes_max = ledgers.parts().config.segment_cache_bytes;
         Self {
-            cache,
+            cache: EntryCache::new(ledgers.cache_bytes().clone(), bytes_max),
+            catch_up: CatchUp::new(ledgers.catch_up_bytes().clone(), bytes_max),
             segment,
             list: Mutex::new(Arc::new(list)),
             floor: AtomicU64::new(0),
@@ -107,11 +110,15 @@ impl View {
         }
         // Handles of ledgers that left bookies are closed: their objects are read from now on (X3).
         let stages: BTreeMap<LedgerId, Option<Stage>> =
-            list.ledgers().map(|(_, listed)| (listed.id, listed.stage())).collect();
+            list.all_ledgers().map(|listed| (listed.id, listed.stage())).collect();
         let deleted = Some(Stage::LedgerDeleted);
         self.closed.lock().retain(|id, _| stages.get(id).is_some_and(|stage| *stage < deleted));
         self.index.lock().retain(|id, _| stages.contains_key(id));
         *self.list.lock() = Arc::new(list.clone());
+    }
+
+    pub(crate) fn segment(&self) -> SegmentId {
+        self.segment
     }
 
     pub(crate) fn now_ms(&self) -> u64 {
@@ -155,27 +162,14 @@ impl View {
         self.index.lock().entry(ledger).or_default().insert(base, entry);
     }
 
-    /// Batches from the one that contains `from` on, all below `end`.
-    pub(crate) async fn read(
+    /// Batches from the one that contains `from` on, all below `end`, from bookies or objects.
+    pub(crate) async fn read_stored(
         &self,
         from: Offset,
         end: Offset,
         bytes_max: usize,
         messages_max: usize,
     ) -> Result<Vec<StoredBatch>, ReadError> {
-        if from >= end || messages_max == 0 {
-            return Ok(Vec::new());
-        }
-        let first = self.list().first_offset;
-        if from < first {
-            return Err(ReadError::Trimmed { first });
-        }
-        let metrics = &self.ledgers.parts().metrics;
-        let cached = self.cache.read(from, bytes_max, messages_max);
-        if !cached.is_empty() {
-            metrics.cache_hits.inc_by(cached.len() as u64);
-            return Ok(cached);
-        }
         let mut taken = Taken::new(from, bytes_max, messages_max);
         while taken.next() < end && !taken.is_full() {
             let list = self.list();
@@ -197,7 +191,6 @@ impl View {
                 "offset {from} is in no ledger that can be read yet"
             )));
         }
-        metrics.cache_misses.inc_by(taken.batches.len() as u64);
         Ok(taken.batches)
     }
 

@@ -311,13 +311,14 @@ impl ManagedLedgers {
             Err(error) => return Err(error),
         };
         let list_key = keys::segment_list(segment);
+        self.close_views(&taken.list).await?;
         loop {
             let ledgers: Vec<LedgerId> =
-                taken.list.ledgers().map(|(_, listed)| listed.id).take(LEDGERS_PER_TXN).collect();
+                taken.list.all_ledgers().map(|listed| listed.id).take(LEDGERS_PER_TXN).collect();
             let mut txn = Txn::new().when(Compare::ModRevision(list_key.clone(), taken.revision));
             txn = txn.and(self.delete_ledgers(&ledgers).await?);
             taken.list.drop_ledgers(&ledgers);
-            let emptied = taken.list.ledgers().next().is_none();
+            let emptied = taken.list.all_ledgers().next().is_none();
             txn = txn.then(if emptied {
                 Op::Delete(list_key.clone())
             } else {
@@ -332,6 +333,27 @@ impl ManagedLedgers {
                 Committed::Refused(error) => return Err(not_ready(error)),
             }
         }
+    }
+
+    /// What a compaction that did not end left open is closed, and its writer thereby fenced (MD4): it can be deleted then. A
+    /// takeover does without: nobody reads such a ledger, and no list change of the owner that wrote it succeeds any more.
+    pub(crate) async fn close_views(&self, list: &List) -> Result<(), LoadError> {
+        for listed in &list.compacting {
+            if listed.state == ListedState::Closed {
+                continue;
+            }
+            match self.parts().client.recover_and_close(listed.id, list.epoch).await {
+                // Its key says Deleted, or nothing: there is nothing to delete.
+                Ok(_) | Err(RecoveryError::Gone { .. }) => {}
+                Err(RecoveryError::Superseded { .. }) => return Err(LoadError::ClaimLost),
+                Err(RecoveryError::Stopped { .. }) => return Err(LoadError::Stopped),
+                Err(RecoveryError::Metadata(error)) => {
+                    return Err(LoadError::Damaged(error.to_string()));
+                }
+                Err(error) => return Err(not_ready(error)),
+            }
+        }
+        Ok(())
     }
 
     /// Closed -> Deleted for each of these (MD4, M3).

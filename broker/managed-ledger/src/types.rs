@@ -17,7 +17,7 @@ use geminga_proto::{
 use geminga_runtime::{budget::Permit, telemetry::TraceContext};
 use tokio::sync::oneshot;
 
-use crate::dedup::ProducerId;
+use crate::{compaction::runs, dedup::ProducerId};
 
 /// The bundle's claim under which a segment is loaded. A hint (O1): it is compared for an early refusal.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -248,6 +248,56 @@ pub struct StoredBatch {
     pub base_offset: Offset,
     pub header: EntryHeader,
     pub payload: Bytes,
+}
+
+impl StoredBatch {
+    /// The offset after its last message.
+    #[must_use]
+    pub fn end(&self) -> Offset {
+        self.base_offset.advance(u64::from(self.header.count))
+    }
+
+    /// The messages in it that are meant, as inclusive runs, ascending: all of them, or in a compacted view what is kept.
+    #[must_use]
+    pub fn kept(&self) -> Vec<(Offset, Offset)> {
+        let (runs, count) = (&self.header.kept_runs, self.header.count);
+        let at = |n: u32| self.base_offset.advance(u64::from(n));
+        match (runs.is_empty(), count.checked_sub(1)) {
+            (_, None) => Vec::new(),
+            (true, Some(last)) => vec![(at(0), at(last))],
+            (false, Some(_)) => {
+                runs::ranges(runs, count).into_iter().map(|(f, l)| (at(f), at(l))).collect()
+            }
+        }
+    }
+
+    /// How many those are.
+    #[must_use]
+    pub fn messages(&self) -> u64 {
+        self.kept().iter().map(|(first, last)| last.0 + 1 - first.0).sum()
+    }
+}
+
+/// What a compacted read found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CompactedRead {
+    /// In offset order, with gaps below the horizon; [`StoredBatch::kept`] says which of their messages are meant.
+    pub batches: Vec<StoredBatch>,
+    /// Where to read on: at least where this read began, and behind all of `batches`.
+    pub next: Offset,
+}
+
+/// Where a segment's compaction stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CompactionStatus {
+    /// The horizon: below it a compacted reader gets the latest message of each key. 0: never compacted.
+    pub compacted_to: Offset,
+    /// What a compacted reader gets below it.
+    pub messages: u64,
+    /// What the view takes, bytes.
+    pub bytes: u64,
+    /// Of the last one, if it failed; empty: it did not.
+    pub last_error: String,
 }
 
 /// Figures of a segment.

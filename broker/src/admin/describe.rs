@@ -4,17 +4,16 @@ use std::time::Duration;
 
 use geminga_managed_ledger::{BacklogAction, TierPolicy};
 use geminga_proto::{
-    admin::v1::{
-        CursorState, Namespace, Policies, SegmentState, SegmentTier, Subscription, Tenant, Topic,
-    },
+    admin::v1::{CursorState, Namespace, SegmentState, SegmentTier, Subscription, Tenant, Topic},
     ids::SubscriptionId,
     internal::v1::segment_request::{Describe, Verb},
-    v1::{self as pb, SubscriptionStart},
+    v1::{self as pb, Policies, SubscriptionStart},
 };
 
 use crate::{
-    catalog::{self, Start},
+    catalog::{self, Limit, Start},
     context::Shared,
+    limits::{Rate, SegmentLimits},
     ownership::Segment,
     relay,
 };
@@ -62,6 +61,7 @@ pub(super) async fn topic_with_segments(context: &Shared, found: &catalog::Topic
 
 pub(crate) fn segment_state(segment: &Segment) -> SegmentState {
     let stats = segment.ledger().stats();
+    let compaction = segment.ledger().compaction();
     SegmentState {
         segment: segment.id().segment,
         loaded: true,
@@ -70,6 +70,9 @@ pub(crate) fn segment_state(segment: &Segment) -> SegmentState {
         first_offset: segment.ledger().first_offset().0,
         stored_bytes: stats.stored_bytes,
         ledgers: u32::try_from(stats.ledgers).unwrap_or(u32::MAX),
+        compacted_to: compaction.compacted_to.0,
+        compacted_messages: compaction.messages,
+        compacted_bytes: compaction.bytes,
     }
 }
 
@@ -106,11 +109,27 @@ pub(crate) fn tier(segment: &Segment) -> SegmentTier {
         first_offset: status.first_offset.0,
         next_offset: status.next_offset.0,
         last_error: status.last_error,
-        in_force: segment.ledger().policy().map(|policy| in_force(&policy)),
+        in_force: in_force(segment.ledger().policy().as_ref(), &segment.limits().borrow()),
     }
 }
 
-fn in_force(policy: &TierPolicy) -> Policies {
+/// What of its policies a segment acts by; none if it is nothing.
+fn in_force(policy: Option<&TierPolicy>, limits: &SegmentLimits) -> Option<Policies> {
+    let per_s = |rate: Option<Rate>| rate.map(|rate| rate.per_s);
+    let most = |limit: Option<Limit>| limit.map(|limit| limit.most);
+    let in_force = Policies {
+        publish_messages_per_s: per_s(limits.publish.messages),
+        publish_bytes_per_s: per_s(limits.publish.bytes),
+        deliver_messages_per_s: per_s(limits.deliver.messages),
+        deliver_bytes_per_s: per_s(limits.deliver.bytes),
+        producers_max: most(limits.producers_max),
+        consumers_max: most(limits.consumers_max),
+        ..policy.map(of_tier).unwrap_or_default()
+    };
+    (in_force != Policies::default()).then_some(in_force)
+}
+
+fn of_tier(policy: &TierPolicy) -> Policies {
     let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     Policies {
         offload_after_ms: policy.offload_after.map(millis),
@@ -122,6 +141,8 @@ fn in_force(policy: &TierPolicy) -> Policies {
         backlog_quota_bytes: policy.backlog_quota_bytes,
         backlog_quota_ms: policy.backlog_quota_ms,
         backlog_action: Some(backlog_action(policy.backlog_action).into()),
+        compact_after_bytes: policy.compact_after_bytes,
+        ..Policies::default()
     }
 }
 

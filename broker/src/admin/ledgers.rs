@@ -89,7 +89,8 @@ async fn of_topic(
     let mut ids = Vec::new();
     for item in read_all(context.catalog.store(), &lists).await?.1 {
         let list = ListValue::decode_value(&item)?;
-        let listed = list.data.iter().chain(&list.cursor_log).chain(&list.timers);
+        let log = list.data.iter().chain(&list.cursor_log).chain(&list.timers);
+        let listed = log.chain(&list.compacted).chain(&list.compacting);
         ids.extend(listed.map(|entry| LedgerId(entry.ledger)));
     }
     ids.sort_unstable();

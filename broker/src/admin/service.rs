@@ -2,23 +2,23 @@
 
 use geminga_proto::{
     admin::v1::{
-        CancelDelayedRequest, CancelDelayedResponse, Cluster, CreateNamespaceRequest,
-        CreateSubscriptionRequest, CreateTenantRequest, CreateTopicRequest, DeleteNamespaceRequest,
-        DeleteNamespaceResponse, DeleteSubscriptionRequest, DeleteSubscriptionResponse,
-        DeleteTenantRequest, DeleteTenantResponse, DeleteTopicRequest, DeleteTopicResponse,
-        DescribeClusterRequest, DescribeLedgerRequest, DescribeNamespaceRequest,
-        DescribeSubscriptionRequest, DescribeTenantRequest, DescribeTopicRequest,
-        DrainBookieRequest, DrainBookieResponse, DrainBrokerRequest, DrainBrokerResponse,
-        GetPoliciesRequest, Ledger, ListBookiesRequest, ListBookiesResponse, ListBrokersRequest,
-        ListBrokersResponse, ListDelayedRequest, ListDelayedResponse, ListLedgersRequest,
-        ListLedgersResponse, ListNamespacesRequest, ListNamespacesResponse,
+        CancelDelayedRequest, CancelDelayedResponse, Cluster, CompactTopicRequest,
+        CreateNamespaceRequest, CreateSubscriptionRequest, CreateTenantRequest, CreateTopicRequest,
+        DeleteNamespaceRequest, DeleteNamespaceResponse, DeleteSubscriptionRequest,
+        DeleteSubscriptionResponse, DeleteTenantRequest, DeleteTenantResponse, DeleteTopicRequest,
+        DeleteTopicResponse, DescribeClusterRequest, DescribeLedgerRequest,
+        DescribeNamespaceRequest, DescribeSubscriptionRequest, DescribeTenantRequest,
+        DescribeTopicRequest, DrainBookieRequest, DrainBookieResponse, DrainBrokerRequest,
+        DrainBrokerResponse, GetPoliciesRequest, Ledger, ListBookiesRequest, ListBookiesResponse,
+        ListBrokersRequest, ListBrokersResponse, ListDelayedRequest, ListDelayedResponse,
+        ListLedgersRequest, ListLedgersResponse, ListNamespacesRequest, ListNamespacesResponse,
         ListSubscriptionsRequest, ListSubscriptionsResponse, ListTenantsRequest,
         ListTenantsResponse, ListTopicsRequest, ListTopicsResponse, LocateTopicRequest,
         LocateTopicResponse, Namespace, OffloadTopicRequest, PoliciesResponse, SetPoliciesRequest,
         Subscription, Tenant, TierStatusRequest, TierStatusResponse, Topic,
         UpdateSubscriptionRequest, VerifyTierRequest, admin_server::Admin,
     },
-    internal::v1::segment_request::{DescribeCursor, OffloadTier, Verb, VerifyTier},
+    internal::v1::segment_request::{Compact, DescribeCursor, OffloadTier, Verb, VerifyTier},
     names::{NamespaceName, SubscriptionName, TenantName, TopicName},
     reason::Reason,
 };
@@ -389,6 +389,19 @@ impl Admin for AdminService {
         let connection = Connection::of(&request, &self.0.config.limits);
         let request = request.into_inner();
         let verb = Verb::VerifyTier(VerifyTier {});
+        let steps = tier::walk(&self.0, &connection, &request, &request.topic, verb).await;
+        steps.map(Response::new).map_err(|refusal| self.0.refused(refusal))
+    }
+
+    type CompactTopicStream = relay::Steps;
+
+    async fn compact_topic(
+        &self,
+        request: Request<CompactTopicRequest>,
+    ) -> Result<Response<Self::CompactTopicStream>, Status> {
+        let connection = Connection::of(&request, &self.0.config.limits);
+        let request = request.into_inner();
+        let verb = Verb::Compact(Compact {});
         let steps = tier::walk(&self.0, &connection, &request, &request.topic, verb).await;
         steps.map(Response::new).map_err(|refusal| self.0.refused(refusal))
     }

@@ -3,21 +3,21 @@
 
 use geminga_proto::{
     admin::v1::{
-        CancelDelayedRequest, CreateNamespaceRequest, CreateSubscriptionRequest,
-        CreateTenantRequest, CreateTopicRequest, DeleteNamespaceRequest, DeleteSubscriptionRequest,
-        DeleteTenantRequest, DeleteTopicRequest, DescribeClusterRequest, DescribeLedgerRequest,
-        DescribeNamespaceRequest, DescribeSubscriptionRequest, DescribeTenantRequest,
-        DescribeTopicRequest, DrainBookieRequest, DrainBrokerRequest, GetPoliciesRequest,
-        ListBookiesRequest, ListBrokersRequest, ListDelayedRequest, ListLedgersRequest,
-        ListNamespacesRequest, ListSubscriptionsRequest, ListTenantsRequest, ListTopicsRequest,
-        LocateTopicRequest, OffloadTopicRequest, SetPoliciesRequest, TierStatusRequest,
-        UpdateSubscriptionRequest, VerifyTierRequest,
+        CancelDelayedRequest, CompactTopicRequest, CreateNamespaceRequest,
+        CreateSubscriptionRequest, CreateTenantRequest, CreateTopicRequest, DeleteNamespaceRequest,
+        DeleteSubscriptionRequest, DeleteTenantRequest, DeleteTopicRequest, DescribeClusterRequest,
+        DescribeLedgerRequest, DescribeNamespaceRequest, DescribeSubscriptionRequest,
+        DescribeTenantRequest, DescribeTopicRequest, DrainBookieRequest, DrainBrokerRequest,
+        GetPoliciesRequest, ListBookiesRequest, ListBrokersRequest, ListDelayedRequest,
+        ListLedgersRequest, ListNamespacesRequest, ListSubscriptionsRequest, ListTenantsRequest,
+        ListTopicsRequest, LocateTopicRequest, OffloadTopicRequest, SetPoliciesRequest,
+        TierStatusRequest, UpdateSubscriptionRequest, VerifyTierRequest,
     },
     internal::v1::SegmentRequest,
     names::{NamespaceName, SubscriptionName, TenantName, TopicName},
     v1::{
         ExplainRequest, OpenConsume, OpenPublish, PeekRequest, PublishRequest, PullRequest,
-        SeekRequest, SettleRequest, WatchRequest,
+        SeekRequest, SettleRequest, WatchRequest, WatchTopicsRequest,
     },
 };
 
@@ -60,10 +60,11 @@ fn topic(name: &str) -> Result<Resource, Refusal> {
     Ok(Resource::Topic(TopicName::parse(name)?))
 }
 
-/// Empty, tenant/namespace, or tenant/namespace/topic.
+/// Empty, tenant, tenant/namespace, or tenant/namespace/topic.
 fn scope(name: &str) -> Result<Resource, Refusal> {
     match name.matches('/').count() {
         0 if name.is_empty() => Ok(cluster()),
+        0 => tenant(name),
         2 => topic(name),
         _ => namespace(name),
     }
@@ -94,6 +95,7 @@ table! {
     DeleteNamespaceRequest      => |r| Delete,   Resource::Tenant(NamespaceName::parse(&r.name)?.tenant().clone());
     CreateTopicRequest          => |r| Create,   Resource::Namespace(TopicName::parse(&r.name)?.namespace().clone());
     ListTopicsRequest           => |r| List,     namespace(&r.namespace)?;
+    WatchTopicsRequest          => |r| List,     namespace(&r.namespace)?;
     DescribeTopicRequest        => |r| Describe, topic(&r.name)?;
     DeleteTopicRequest          => |r| Delete,   Resource::Namespace(TopicName::parse(&r.name)?.namespace().clone());
     CreateSubscriptionRequest   => |r| Create,   topic(&r.topic)?;
@@ -113,6 +115,7 @@ table! {
     TierStatusRequest           => |r| Describe, topic(&r.topic)?;
     OffloadTopicRequest         => |r| Operate,  topic(&r.topic)?;
     VerifyTierRequest           => |r| Operate,  topic(&r.topic)?;
+    CompactTopicRequest         => |r| Operate,  topic(&r.topic)?;
     SegmentRequest              => |_r| Serve,   cluster();
 }
 

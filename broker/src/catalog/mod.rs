@@ -12,7 +12,7 @@ mod subscriptions;
 mod tenants;
 mod topics;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use geminga_metadata::{
@@ -21,13 +21,13 @@ use geminga_metadata::{
 };
 use geminga_proto::{ids::SegmentId, reason::Reason};
 use geminga_runtime::clock::SharedClock;
-use tokio::time::timeout;
+use tokio::{sync::Mutex, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::errors::Refusal;
 
 pub(crate) use policies::TOPICS_PER_READ;
-pub use policies::{BUILT_IN, Effective, FIELDS, PolicyChange, Scope};
+pub use policies::{BUILT_IN, Effective, Limit, PolicyChange, Scope, SetPolicies};
 pub use records::Record;
 pub use subscriptions::{Start, State, Subscription};
 pub use tenants::{Namespace, Tenant};
@@ -54,6 +54,8 @@ pub struct Catalog {
     initial_list: fn(SegmentId) -> Op,
     cancel: CancellationToken,
     standing: Standing,
+    /// Creations of this broker compare one counter: they take turns instead of making each other try again.
+    creating: Arc<Mutex<()>>,
 }
 
 /// One page of a listing.
@@ -84,7 +86,15 @@ impl Catalog {
         initial_list: fn(SegmentId) -> Op,
         cancel: CancellationToken,
     ) -> Self {
-        Self { store, clock, cluster, initial_list, cancel, standing: Standing::always() }
+        Self {
+            store,
+            clock,
+            cluster,
+            initial_list,
+            cancel,
+            standing: Standing::always(),
+            creating: Arc::default(),
+        }
     }
 
     /// Nothing is changed while these claims are provisional (O3).

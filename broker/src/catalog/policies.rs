@@ -1,5 +1,5 @@
-//! Retention and offload policies: of the cluster, of a namespace, of a topic. A field that a level does not set is taken
-//! from the level above; above the cluster stands what is built in.
+//! Policies: of the cluster, of a tenant, of a namespace, of a topic. A field that a level does not set is taken from the
+//! level above; above the cluster stands what is built in. The levels of one answer are read at one revision.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,23 +7,19 @@ use bytes::Bytes;
 use geminga_metadata::{Compare, Key, KeyValue, Op, Revision, TXN_OPS_MAX, Txn, keys};
 use geminga_proto::{
     ids::TopicId,
-    names::{NamespaceName, TopicName},
-    storage::v1::{NamespaceValue, Policies, TopicValue},
-    v1::BacklogAction,
+    names::{NamespaceName, TenantName, TopicName},
+    policies::{FIELDS, Field},
+    reason::Reason,
+    storage::v1::{NamespaceValue, TenantValue, TopicValue},
+    v1::{BacklogAction, Policies},
 };
 use prost::Message;
 
-use super::{Catalog, Record, TRIES_MAX, contended, put, topics::topic_not_found};
+use super::{Catalog, Record, TRIES_MAX, Topic, contended, put, topics::topic_not_found};
 use crate::errors::Refusal;
 
-/// Ten years: a longer time is a mistake of units.
-const TIME_MAX_MS: u64 = 10 * 366 * 24 * 3_600 * 1_000;
-/// 1 EiB.
-const BYTES_MAX: u64 = 1 << 60;
-
 /// What holds where nobody set a field. One that is absent here too is no rule at all: nothing is offloaded for it, and no
-/// retention is in force (which is not a retention of zero). It matters only where some level sets another field; where none
-/// does, nothing is trimmed or moved ([`Catalog::set_policies_of`]).
+/// retention is in force (which is not a retention of zero). Of counts the broker's own limits hold then.
 pub const BUILT_IN: Policies = Policies {
     offload_after_ms: None,
     offload_above_bytes: None,
@@ -34,6 +30,15 @@ pub const BUILT_IN: Policies = Policies {
     backlog_quota_bytes: None,
     backlog_quota_ms: None,
     backlog_action: Some(BacklogAction::Reject as i32),
+    publish_messages_per_s: None,
+    publish_bytes_per_s: None,
+    deliver_messages_per_s: None,
+    deliver_bytes_per_s: None,
+    producers_max: None,
+    consumers_max: None,
+    subscriptions_max: None,
+    topics_max: None,
+    compact_after_bytes: None,
 };
 
 /// From an upload to the deletion on bookies (X3).
@@ -43,50 +48,9 @@ const DELETE_LAG_MS: u64 = 4 * 3_600 * 1_000;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Scope {
     Cluster,
+    Tenant(TenantName),
     Namespace(NamespaceName),
     Topic(TopicName),
-}
-
-/// A field of [`Policies`].
-#[derive(Clone, Copy, Debug)]
-pub struct Field {
-    /// As requests and answers name it.
-    pub name: &'static str,
-    value_max: u64,
-    get: fn(&Policies) -> Option<u64>,
-    set: fn(&mut Policies, Option<u64>),
-}
-
-macro_rules! fields {
-    ($($name:ident <= $max:expr;)*) => {
-        /// Every field.
-        pub const FIELDS: &[Field] = &[
-            $(Field {
-                name: stringify!($name),
-                value_max: $max,
-                get: |policies| policies.$name,
-                set: |policies, value| policies.$name = value,
-            },)*
-            // The one that is no number: by its number on the wire.
-            Field {
-                name: "backlog_action",
-                value_max: BacklogAction::EvictOldest as u64,
-                get: |policies| policies.backlog_action.map(|action| u64::from(action.unsigned_abs())),
-                set: |policies, value| policies.backlog_action = value.and_then(|v| i32::try_from(v).ok()),
-            },
-        ];
-    };
-}
-
-fields! {
-    offload_after_ms    <= TIME_MAX_MS;
-    offload_above_bytes <= BYTES_MAX;
-    delete_lag_ms       <= TIME_MAX_MS;
-    retention_ms        <= TIME_MAX_MS;
-    retention_bytes     <= BYTES_MAX;
-    ttl_ms              <= TIME_MAX_MS;
-    backlog_quota_bytes <= BYTES_MAX;
-    backlog_quota_ms    <= TIME_MAX_MS;
 }
 
 /// What holds at a scope.
@@ -96,18 +60,63 @@ pub struct Effective {
     pub own: Policies,
     /// Every field that is set at some level, or built in.
     pub policies: Policies,
-    /// From which level each field comes, in the order of [`FIELDS`]: cluster, namespace, topic or default.
+    /// From which level each field comes, in the order of [`FIELDS`]: cluster, tenant, namespace, topic or default.
     pub sources: Vec<(&'static str, &'static str)>,
 }
 
+/// What some level sets: field by field the nearest one.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SetPolicies {
+    pub policies: Policies,
+    /// As in [`Effective`].
+    pub sources: Vec<(&'static str, &'static str)>,
+    /// Segments of the topic, which share its rates; 0: they are not of a topic.
+    pub segments: u32,
+}
+
+/// The most of something, and who says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    pub most: u64,
+    /// topic, namespace, tenant, cluster; `server` where it is the broker's own.
+    pub level: &'static str,
+}
+
+impl Limit {
+    /// The broker's own.
+    #[must_use]
+    pub fn of_server(most: usize) -> Self {
+        Self { most: u64::try_from(most).unwrap_or(u64::MAX), level: "server" }
+    }
+
+    /// It is reached: the refusal carries the limit under its name, and the level that set it.
+    #[must_use]
+    pub fn reached(self, reason: Reason, name: &'static str, message: &str) -> Refusal {
+        let Self { most, level } = self;
+        let message = format!("{message}, as many as it may: {name} is {most} (set by: {level})");
+        Refusal::new(reason, message).with(name, most).with("level", level)
+    }
+}
+
+impl SetPolicies {
+    /// The limit under this name, if some level sets it.
+    #[must_use]
+    pub fn limit(&self, name: &str) -> Option<Limit> {
+        let field = FIELDS.iter().find(|field| field.name == name)?;
+        let (_, level) = self.sources.iter().find(|(of, _)| *of == name)?;
+        Some(Limit { most: (field.get)(&self.policies)?, level })
+    }
+}
+
 impl Scope {
-    /// Empty, tenant/namespace, or tenant/namespace/topic.
+    /// Empty, tenant, tenant/namespace, or tenant/namespace/topic.
     ///
     /// # Errors
     /// INVALID_NAME.
     pub fn parse(text: &str) -> Result<Self, Refusal> {
         Ok(match text.matches('/').count() {
             0 if text.is_empty() => Self::Cluster,
+            0 => Self::Tenant(TenantName::parse(text)?),
             2 => Self::Topic(TopicName::parse(text)?),
             _ => Self::Namespace(NamespaceName::parse(text)?),
         })
@@ -180,12 +189,11 @@ fn laid_over(
 }
 
 /// Topics that [`Catalog::set_policies_of`] takes at a time.
-pub(crate) const TOPICS_PER_READ: usize = (TXN_OPS_MAX - 1) / 2;
+pub(crate) const TOPICS_PER_READ: usize = (TXN_OPS_MAX - 1) / 3;
 
 impl Catalog {
-    /// What the levels above each of these topics, and it itself, set: field by field the nearest one. None where nothing is
-    /// set, where the topic is deleted, and where a value cannot be read: then nothing may be trimmed or moved. At most
-    /// [`TOPICS_PER_READ`].
+    /// What the levels above each of these topics, and it itself, set: field by field the nearest one. None where the topic is
+    /// deleted, and where a value cannot be read: then nothing may be trimmed or moved. At most [`TOPICS_PER_READ`].
     ///
     /// All levels are read at one revision: a policy that is moved from one level to another is never missed in between.
     ///
@@ -194,33 +202,64 @@ impl Catalog {
     pub(crate) async fn set_policies_of(
         &self,
         topics: &[(TopicId, TopicName)],
-    ) -> Result<Vec<Option<Policies>>, Refusal> {
+    ) -> Result<Vec<Option<SetPolicies>>, Refusal> {
         let namespaces: BTreeSet<&NamespaceName> =
             topics.iter().map(|(_, name)| name.namespace()).collect();
+        let tenants: BTreeSet<&TenantName> = namespaces.iter().map(|name| name.tenant()).collect();
         let mut keys = vec![keys::cluster_policies()];
         keys.extend(topics.iter().map(|(id, _)| keys::topic(*id)));
         keys.extend(namespaces.iter().map(|name| keys::namespace(name)));
+        keys.extend(tenants.iter().map(|name| keys::tenant(name)));
         let (_, found) = self.store().get_many(&keys).await?;
         let cluster = match found.first() {
             Some(Some(found)) => decode(&found.key, found.value.clone())?,
             _ => Policies::default(),
         };
-        let (of_topics, of_namespaces) = found[1..].split_at(topics.len());
+        let (of_topics, above) = found[1..].split_at(topics.len());
+        let (of_namespaces, of_tenants) = above.split_at(namespaces.len());
         let namespaces: BTreeMap<&NamespaceName, &Option<KeyValue>> =
             namespaces.into_iter().zip(of_namespaces).collect();
-        let levels = |name: &TopicName, topic: &Option<KeyValue>| {
+        let tenants: BTreeMap<&TenantName, &Option<KeyValue>> =
+            tenants.into_iter().zip(of_tenants).collect();
+        let set = |name: &TopicName, topic: &Option<KeyValue>| {
             let topic = TopicValue::decode_value(topic.as_ref()?).ok()?;
             let namespace = namespaces.get(name.namespace())?.as_ref()?;
             let namespace = NamespaceValue::decode_value(namespace).ok()?;
+            let tenant = tenants.get(name.namespace().tenant())?.as_ref()?;
+            let tenant = TenantValue::decode_value(tenant).ok()?;
             let levels = [
                 ("topic", topic.policies.unwrap_or_default()),
                 ("namespace", namespace.policies.unwrap_or_default()),
+                ("tenant", tenant.policies.unwrap_or_default()),
                 ("cluster", cluster),
             ];
-            let set = laid_over(Policies::default(), &levels).0;
-            (!topic.deleting && set != Policies::default()).then_some(set)
+            let (policies, sources) = laid_over(Policies::default(), &levels);
+            let segments = u32::try_from(topic.segments.len()).unwrap_or(u32::MAX);
+            (!topic.deleting).then_some(SetPolicies { policies, sources, segments })
         };
-        Ok(topics.iter().zip(of_topics).map(|((_, name), topic)| levels(name, topic)).collect())
+        Ok(topics.iter().zip(of_topics).map(|((_, name), topic)| set(name, topic)).collect())
+    }
+
+    /// What is set for a topic.
+    ///
+    /// # Errors
+    /// TOPIC_NOT_FOUND when it is gone.
+    pub(crate) async fn set_policies(&self, topic: &Topic) -> Result<SetPolicies, Refusal> {
+        let mut set = self.set_policies_of(&[(topic.id, topic.name.clone())]).await?;
+        set.pop().flatten().ok_or_else(|| topic_not_found(&topic.name))
+    }
+
+    /// What is set for the topics of a namespace.
+    ///
+    /// # Errors
+    /// NAMESPACE_NOT_FOUND, TENANT_NOT_FOUND.
+    pub(crate) async fn set_policies_in(
+        &self,
+        namespace: &NamespaceName,
+    ) -> Result<SetPolicies, Refusal> {
+        let levels = self.levels(&Scope::Namespace(namespace.clone())).await?;
+        let (policies, sources) = laid_over(Policies::default(), &levels);
+        Ok(SetPolicies { policies, sources, segments: 0 })
     }
 
     /// What holds at a scope.
@@ -228,34 +267,72 @@ impl Catalog {
     /// # Errors
     /// NAMESPACE_NOT_FOUND, TOPIC_NOT_FOUND, TENANT_NOT_FOUND.
     pub async fn policies(&self, scope: &Scope) -> Result<Effective, Refusal> {
-        let mut levels = Vec::new();
-        let namespace = match scope {
-            Scope::Cluster => None,
-            Scope::Namespace(name) => Some(name),
-            Scope::Topic(name) => {
-                levels.push(("topic", self.topic(name).await?.policies.unwrap_or_default()));
-                Some(name.namespace())
-            }
-        };
-        if let Some(name) = namespace {
-            let policies = self.namespace(name).await?.policies;
-            levels.push(("namespace", policies.unwrap_or_default()));
-        }
-        let (own, _) = self.cluster_policies().await?;
-        levels.push(("cluster", own));
+        let levels = self.levels(scope).await?;
         let (policies, sources) = laid_over(BUILT_IN, &levels);
         Ok(Effective { own: levels[0].1, policies, sources })
+    }
+
+    /// What each level sets, the scope's own first, at one revision.
+    async fn levels(&self, scope: &Scope) -> Result<Vec<(&'static str, Policies)>, Refusal> {
+        let (topic, namespace) = match scope {
+            Scope::Cluster | Scope::Tenant(_) => (None, None),
+            Scope::Namespace(name) => (None, Some(name)),
+            Scope::Topic(name) => {
+                (Some((name, self.topic(name).await?.id)), Some(name.namespace()))
+            }
+        };
+        let tenant = match scope {
+            Scope::Tenant(name) => Some(name),
+            _ => namespace.map(NamespaceName::tenant),
+        };
+        let mut keys = vec![keys::cluster_policies()];
+        keys.extend(tenant.map(keys::tenant));
+        keys.extend(namespace.map(keys::namespace));
+        keys.extend(topic.map(|(_, id)| keys::topic(id)));
+        let (_, found) = self.store().get_many(&keys).await?;
+        let mut found = found.into_iter();
+        let cluster = match found.next().flatten() {
+            Some(found) => decode(&found.key, found.value)?,
+            None => Policies::default(),
+        };
+        let mut levels = vec![("cluster", cluster)];
+        if let Some(name) = tenant {
+            let Some(found) = found.next().flatten() else {
+                self.tenant(name).await?; // gives the right refusal
+                return Err(contended("the tenant"));
+            };
+            levels
+                .push(("tenant", TenantValue::decode_value(&found)?.policies.unwrap_or_default()));
+        }
+        if let Some(name) = namespace {
+            let Some(found) = found.next().flatten() else {
+                self.namespace(name).await?;
+                return Err(contended("the namespace"));
+            };
+            let value = NamespaceValue::decode_value(&found)?;
+            levels.push(("namespace", value.policies.unwrap_or_default()));
+        }
+        if let Some((name, _)) = topic {
+            let found = found.next().flatten().ok_or_else(|| topic_not_found(name))?;
+            levels.push(("topic", TopicValue::decode_value(&found)?.policies.unwrap_or_default()));
+        }
+        levels.reverse();
+        Ok(levels)
     }
 
     /// Changes the policies of a scope.
     ///
     /// # Errors
-    /// As [`Self::policies`].
+    /// As [`Self::policies`]; INVALID_REQUEST for a policy that a topic cannot have.
     pub async fn change_policies(
         &self,
         scope: &Scope,
         change: &PolicyChange,
     ) -> Result<(), Refusal> {
+        if matches!(scope, Scope::Topic(_)) && change.set.topics_max.is_some() {
+            let message = "topics_max is set for a namespace, a tenant or the cluster";
+            return Err(Refusal::request(message));
+        }
         for _ in 0..TRIES_MAX {
             let (key, revision, op) = match scope {
                 Scope::Cluster => {
@@ -263,6 +340,15 @@ impl Catalog {
                     let key = keys::cluster_policies();
                     let value = change.apply(&own).encode_to_vec();
                     (key.clone(), revision, Op::put(key, value))
+                }
+                Scope::Tenant(name) => {
+                    self.tenant(name).await?; // gives the right refusal
+                    let key = keys::tenant(name);
+                    let Some((mut value, revision)) = self.get::<TenantValue>(&key).await? else {
+                        continue;
+                    };
+                    value.policies = Some(change.apply(&value.policies.unwrap_or_default()));
+                    (key.clone(), Some(revision), put(key, &value))
                 }
                 Scope::Namespace(name) => {
                     self.namespace(name).await?; // gives the right refusal
@@ -326,8 +412,17 @@ mod tests {
         let topic = Policies { retention_ms: Some(1), ..Policies::default() };
         let cluster =
             Policies { retention_ms: Some(2), retention_bytes: Some(3), ..Policies::default() };
-        let levels = [("topic", topic), ("namespace", Policies::default()), ("cluster", cluster)];
+        let tenant = Policies { ttl_ms: Some(4), ..Policies::default() };
+        let cluster = Policies { ttl_ms: Some(5), ..cluster };
+        let levels = [
+            ("topic", topic),
+            ("namespace", Policies::default()),
+            ("tenant", tenant),
+            ("cluster", cluster),
+        ];
         let (policies, sources) = laid_over(BUILT_IN, &levels);
+        assert_eq!(policies.ttl_ms, Some(4));
+        assert!(sources.contains(&("ttl_ms", "tenant")));
         assert_eq!((policies.retention_ms, policies.retention_bytes), (Some(1), Some(3)));
         assert_eq!(policies.delete_lag_ms, BUILT_IN.delete_lag_ms);
         assert!(sources.contains(&("retention_ms", "topic")));
@@ -345,7 +440,7 @@ mod tests {
         let set = PolicyChange::new(retention(6), &["retention_bytes".into()]).expect("valid");
         assert_eq!(set.apply(&own), retention(6));
         for (set, unset) in [
-            (retention(TIME_MAX_MS + 1), None),
+            (retention(u64::MAX), None),
             (retention(1), Some("retention_ms")),
             (Policies::default(), Some("colour")),
             (Policies::default(), None),

@@ -79,6 +79,7 @@ impl Catalog {
         settings: Option<&SubscriptionSettings>,
     ) -> Result<Subscription, Refusal> {
         let key = keys::subscription(topic.id, name);
+        let _turn = self.creating.lock().await;
         for _ in 0..TRIES_MAX {
             if let Some(found) = self.find_subscription(topic.id, name).await? {
                 if found.state == State::Deleting {
@@ -262,6 +263,14 @@ impl Catalog {
             Ok((Subscription::of(topic.id, &name, found)?, token))
         })
         .await
+    }
+
+    /// How many subscriptions a topic has, in any state.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn subscription_count(&self, topic: TopicId) -> Result<usize, Refusal> {
+        self.count(keys::subscriptions_of(topic)).await
     }
 
     /// All subscriptions of a topic, in any state.

@@ -7,7 +7,8 @@ use geminga_metadata::{
 use geminga_proto::{
     names::{NamespaceName, TenantName},
     reason::Reason,
-    storage::v1::{NamespaceValue, Policies, TenantValue},
+    storage::v1::{NamespaceValue, TenantValue},
+    v1::Policies,
 };
 
 use super::{
@@ -47,9 +48,10 @@ impl Catalog {
             }
             let created_at_ms = self.clock.now().0;
             let (_, txn) = self.next_id(TENANTS).await?;
-            let txn = txn
-                .when(Compare::Absent(key.clone()))
-                .then(put(key.clone(), &TenantValue { format: FORMAT, created_at_ms }));
+            let txn = txn.when(Compare::Absent(key.clone())).then(put(
+                key.clone(),
+                &TenantValue { format: FORMAT, created_at_ms, policies: None },
+            ));
             if self.commit(&txn).await? {
                 return Ok(Tenant { name: name.clone(), created_at_ms });
             }

@@ -9,8 +9,8 @@ use geminga_proto::{
     key_hash::equal_ranges,
     names::{NamespaceName, TopicName},
     reason::Reason,
-    storage::v1::{self as storage, Policies, TopicValue, topic_value},
-    v1::{KeyRange, Layout, SegmentInfo},
+    storage::v1::{self as storage, TopicValue, topic_value},
+    v1::{KeyRange, Layout, Policies, SegmentInfo},
 };
 
 use super::{
@@ -139,6 +139,10 @@ impl Catalog {
     /// NAMESPACE_NOT_FOUND, TENANT_NOT_FOUND, ALREADY_EXISTS with another layout or while its deletion is under way.
     pub async fn create_topic(&self, name: &TopicName, segments: u32) -> Result<Topic, Refusal> {
         let name_key = keys::topic_name(name);
+        if let Some(topic) = self.find_topic(name).await? {
+            return existing(topic, segments);
+        }
+        let _turn = self.creating.lock().await;
         for _ in 0..TRIES_MAX {
             if let Some(topic) = self.find_topic(name).await? {
                 return existing(topic, segments);
@@ -248,6 +252,15 @@ impl Catalog {
         }
         items.retain(|topic| !topic.deleting);
         Ok(Listing { items, next_page_token: names.next_page_token })
+    }
+
+    /// When a topic was last created, in any namespace: each creation changes the counter with it.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn topics_created_at(&self) -> Result<Revision, Refusal> {
+        let (_, found) = self.store.get(&keys::counter(TOPICS)).await?;
+        Ok(found.map_or(Revision(0), |found| found.mod_revision))
     }
 
     /// Marks a topic as being deleted: from here on clients do not find it, and nothing new is made inside.

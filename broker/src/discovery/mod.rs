@@ -1,7 +1,8 @@
-//! Where topics are served: a mirror of topics and claims, fed by watches, and the `Watch` streams that follow it.
+//! What topics there are and where they are served: a mirror fed by watches, and the streams that follow it.
 
 mod hub;
 mod service;
+mod topics;
 
-pub(crate) use hub::Hub;
+pub(crate) use hub::{Hub, SubscriptionKey};
 pub(crate) use service::DiscoveryService;

@@ -30,7 +30,11 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
 use crate::{
-    auth::Principal, config::Limits, errors::Refusal, metrics::Metrics, relay::RELAYED_FOR,
+    auth::Principal,
+    config::Limits,
+    errors::Refusal,
+    metrics::Metrics,
+    relay::{RELAYED_FOR, RELAYED_INTERNAL},
 };
 
 /// Bytes of the HTTP/2 preface: a peer that has sent so many speaks.
@@ -43,6 +47,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub struct Connection {
     inner: Arc<Inner>,
     relayed: Relayed,
+    internal: bool,
 }
 
 /// Whether the request was passed on by another broker, and for whom.
@@ -76,7 +81,14 @@ impl Connection {
                 bytes: ByteBudget::new(limits.connection_bytes_max),
             }),
             relayed: Relayed::No,
+            internal: false,
         }
+    }
+
+    /// A broker's own: what it publishes for itself is not limited by policies.
+    #[must_use]
+    pub fn internal(limits: &Limits) -> Self {
+        Self { internal: true, ..Self::new(SocketAddr::from(([0, 0, 0, 0], 0)), limits) }
     }
 
     /// The connection a request came on.
@@ -89,6 +101,8 @@ impl Connection {
                 Some(principal) => Relayed::For(principal),
                 None => Relayed::Unknown,
             };
+            // Whoever may relay is a broker: the gate asks before anything is done.
+            connection.internal = request.metadata().contains_key(RELAYED_INTERNAL);
         }
         connection
     }
@@ -118,6 +132,12 @@ impl Connection {
     #[must_use]
     pub fn is_relayed(&self) -> bool {
         self.relayed != Relayed::No
+    }
+
+    /// Whether a broker publishes for itself.
+    #[must_use]
+    pub fn is_internal(&self) -> bool {
+        self.internal
     }
 
     /// Whether a relayed request says for whom.

@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tonic::Status;
 
+use super::Traffic;
 use crate::errors::Refusal;
 
 /// What a reply costs beside its payload.
@@ -45,7 +46,10 @@ struct Shared<T> {
 struct State<T> {
     replies: VecDeque<Waiting<T>>,
     bytes: usize,
+    traffic: Traffic,
     end: Option<Result<(), Status>>,
+    /// The transport has the last word.
+    ended: bool,
     /// Told of the same as `changed`, beside it: a task with many outboxes waits for one thing.
     told: Option<Arc<Notify>>,
     gone: bool,
@@ -73,7 +77,9 @@ pub fn outbox<T>(bytes_max: usize) -> (Outbox<T>, OutboxStream<T>) {
     let state = State {
         replies: VecDeque::new(),
         bytes: 0,
+        traffic: Traffic::default(),
         end: None,
+        ended: false,
         told: None,
         gone: false,
         waker: None,
@@ -98,6 +104,7 @@ impl<T> Outbox<T> {
         }
         let bytes = payload_bytes + REPLY_BYTES;
         state.bytes += bytes;
+        state.traffic.pushed += 1;
         state.replies.push_back(Waiting { reply, bytes, _held: held });
         if let Some(waker) = state.waker.take() {
             drop(state);
@@ -115,6 +122,17 @@ impl<T> Outbox<T> {
     #[must_use]
     pub fn is_gone(&self) -> bool {
         self.0.state.lock().gone
+    }
+
+    /// Whether the client was there to the end: the transport took the last word before it left.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.0.state.lock().ended
+    }
+
+    /// Replies put in, and taken by the transport.
+    pub(crate) fn traffic(&self) -> Traffic {
+        self.0.state.lock().traffic
     }
 
     /// From now on `told` is notified as well, whenever [`Self::changed`] would resolve.
@@ -157,6 +175,12 @@ impl<T> Outbox<T> {
         self.set_end(end.map_err(Status::from));
     }
 
+    /// As [`Self::finish`], well; whether the client heard it is seen by [`Self::has_ended`] or [`Self::is_gone`], of which
+    /// [`Self::changed`] tells.
+    pub fn close(&self) {
+        self.set_end(Ok(()));
+    }
+
     fn set_end(&self, end: Result<(), Status>) {
         let mut state = self.0.state.lock();
         state.end.get_or_insert(end);
@@ -186,6 +210,7 @@ impl<T> Stream for OutboxStream<T> {
         if let Some(Waiting { reply, bytes, _held }) = state.replies.pop_front() {
             let was_full = state.bytes >= self.0.bytes_max;
             state.bytes -= bytes;
+            state.traffic.taken += 1;
             if was_full && state.bytes < self.0.bytes_max {
                 self.0.changed.notify_one();
                 state.tell();
@@ -196,7 +221,12 @@ impl<T> Stream for OutboxStream<T> {
             return Poll::Ready(Some(Ok(reply)));
         }
         match &state.end {
-            Some(Ok(())) => Poll::Ready(None),
+            Some(Ok(())) => {
+                state.ended = true;
+                self.0.changed.notify_one();
+                state.tell();
+                Poll::Ready(None)
+            }
             Some(Err(status)) => {
                 let status = status.clone();
                 state.end = Some(Ok(()));
@@ -271,6 +301,22 @@ mod tests {
         outbox.push_holding(3, 60, budget.try_acquire(60).map(Arc::new));
         drop(stream);
         assert_eq!(budget.in_use(), 0, "and when the client leaves");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_hears_the_last_word_is_told_from_one_that_leaves_before() {
+        for hears in [true, false] {
+            let (outbox, mut stream) = outbox::<u8>(10);
+            outbox.close();
+            assert!(!outbox.has_ended());
+            if hears {
+                assert!(stream.next().await.is_none());
+            }
+            drop(stream);
+            outbox.changed().await;
+            assert!(outbox.is_gone());
+            assert_eq!(outbox.has_ended(), hears);
+        }
     }
 
     #[tokio::test(start_paused = true)]

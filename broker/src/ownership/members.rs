@@ -152,7 +152,7 @@ impl Members {
         let mut mirror = self.mirror.lock();
         let before = mirror.view.clone();
         match seen {
-            Seen::All(all) => {
+            Seen::All(all, _) => {
                 mirror.keep_only(prefix, all);
                 all.iter().for_each(|item| mirror.put(item));
                 self.seen.send_if_modified(|seen| seen.insert(prefix.clone()));

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
+use bytes::Bytes;
 use geminga_managed_ledger::{ManagedLedger, Status};
 use geminga_proto::{
     ids::{Epoch, SegmentId, SubscriptionId},
@@ -14,6 +15,7 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::{
     errors::Refusal,
+    limits::{ProducerSlot, Producers, PublishRate, SegmentLimits},
     metrics::{BacklogOf, Metrics},
     publish::Anonymous,
     subscription::Dispatchers,
@@ -27,6 +29,9 @@ pub struct Segment {
     dispatchers: Dispatchers,
     subscriptions: Mutex<BTreeMap<SubscriptionId, SubscriptionName>>,
     anonymous: Anonymous,
+    limits: watch::Sender<SegmentLimits>,
+    publish_rate: PublishRate,
+    producers: Producers,
     ended: watch::Sender<Option<Refusal>>,
     /// Streams on it.
     streams: watch::Sender<usize>,
@@ -66,6 +71,9 @@ impl Segment {
             dispatchers: Dispatchers::default(),
             subscriptions: Mutex::new(BTreeMap::new()),
             anonymous: Anonymous::default(),
+            limits: watch::Sender::default(),
+            publish_rate: PublishRate::default(),
+            producers: Producers::default(),
             ended: watch::Sender::new(None),
             streams: watch::Sender::new(0),
             moving: watch::Sender::new(None),
@@ -106,9 +114,42 @@ impl Segment {
         &self.anonymous
     }
 
+    /// What policies limit here, and each change of it.
+    pub(crate) fn limits(&self) -> watch::Receiver<SegmentLimits> {
+        self.limits.subscribe()
+    }
+
+    /// Policies limit this from now on. What is above a lowered count stays.
+    pub(crate) fn set_limits(&self, limits: SegmentLimits) {
+        self.publish_rate.set(limits.publish);
+        self.limits.send_if_modified(|now| {
+            let changed = *now != limits;
+            *now = limits;
+            changed
+        });
+    }
+
+    /// Who publishes waits for it.
+    pub(crate) fn publish_rate(&self) -> &PublishRate {
+        &self.publish_rate
+    }
+
+    /// A place among the producers; see [`Producers::slot`].
+    ///
+    /// # Errors
+    /// TOO_MANY_PRODUCERS.
+    pub(crate) fn producer_slot(&self, of: Option<Bytes>) -> Result<ProducerSlot, Refusal> {
+        self.producers.slot(of, self.limits.borrow().producers_max)
+    }
+
     /// Remembers the name of a subscription with a cursor here, for the backlog metric.
     pub fn name_subscription(&self, id: SubscriptionId, name: SubscriptionName) {
         self.subscriptions.lock().insert(id, name);
+    }
+
+    /// The name of a subscription with a cursor here.
+    pub(crate) fn subscription_name(&self, id: SubscriptionId) -> Option<SubscriptionName> {
+        self.subscriptions.lock().get(&id).cloned()
     }
 
     /// Forgets a subscription and ends its consumers.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::Stream;
 use geminga_managed_ledger::{Access, ProducerIdentity, ProducerOpen};
 use geminga_proto::{
@@ -26,7 +27,7 @@ use crate::{
     context::Shared,
     errors::Refusal,
     lifecycle,
-    listener::{Connection, Outbox, OutboxStream, first_frame, not_opened, outbox},
+    listener::{Connection, Outbox, OutboxStream, check_heartbeat, first_frame, not_opened},
     ownership::{Found, Segment},
     relay, storage_errors,
 };
@@ -52,27 +53,11 @@ impl Publisher for PublisherService {
         &self,
         request: Request<Streaming<PublishFrame>>,
     ) -> Result<Response<Self::PublishStreamStream>, Status> {
-        let shared = self.0.clone();
-        let connection = Connection::of(&request, &shared.config.limits);
-        let slot = shared.stream_slot(&connection).map_err(|refusal| shared.refused(refusal))?;
-        let (sender, stream) = outbox(shared.config.limits.outbox_bytes_max);
-        let inbound = request.into_inner();
-        let task = async move {
-            let _slot = slot;
-            let _open = shared.metrics.stream("publish");
-            let result = shared.until_over(serve(&shared, connection, inbound, &sender)).await;
-            if let Err(refusal) = &result {
-                shared.metrics.refuse(refusal.reason);
-                tracing::debug!(
-                    reason = refusal.reason.as_str(),
-                    message = refusal.message,
-                    "publish stream ended"
-                );
-            }
-            sender.finish(result);
-        };
-        self.0.streams.spawn("publish stream", task);
-        Ok(Response::new(stream))
+        self.0.serve_stream("publish", request, |shared, connection, inbound, outbox| async move {
+            let served = shared.until_over(serve(&shared, connection, inbound, &outbox)).await;
+            outbox.finish(served.clone());
+            served
+        })
     }
 }
 
@@ -92,6 +77,7 @@ where
     async {
         shared.admit(&connection, &open)?;
         let (identity, access) = (identity(&open)?, access(&open)?);
+        check_heartbeat(open.heartbeat_ms)?;
         let name = TopicName::parse(&open.topic)?;
         let topic = lifecycle::topic_or_create(shared, connection.principal(), &name).await?;
         check_layout(&topic, open.layout_epoch)?;
@@ -99,9 +85,9 @@ where
         match shared.ownership.find(id).await? {
             Found::Here(segment) => {
                 let stream_number = open.stream_number;
-                let held_epoch = open.held_epoch;
+                let (held_epoch, heartbeat_ms) = (open.held_epoch, open.heartbeat_ms);
                 let open = ProducerOpen { identity, stream_number, access, held_epoch };
-                let opening = Opening { topic, open };
+                let opening = Opening { topic, open, heartbeat_ms };
                 let stream =
                     open_stream(shared, connection, segment, opening, inbound, outbox).await?;
                 stream.run(outbox).await
@@ -120,6 +106,7 @@ where
 struct Opening {
     topic: Topic,
     open: ProducerOpen,
+    heartbeat_ms: u32,
 }
 
 async fn open_stream<I>(
@@ -130,10 +117,17 @@ async fn open_stream<I>(
     inbound: I,
     outbox: &Outbox<PublishReply>,
 ) -> Result<PublishStream<I>, Refusal> {
-    let Opening { topic, open } = opening;
+    let Opening { topic, open, heartbeat_ms } = opening;
     let stream_number = open.stream_number;
+    // Before anything is granted or fenced for it.
+    let mut slot = segment.producer_slot(match &open.identity {
+        ProducerIdentity::Named(name) => Some(Bytes::from(name.as_str().to_owned())),
+        ProducerIdentity::Resume(token) => Some(token.clone()),
+        ProducerIdentity::Session => None,
+    })?;
     let opened = segment.ledger().open_producer(open).await;
     let producer = opened.map_err(|error| storage_errors::of_producer(&error))?;
+    slot.named(&producer.id);
     let limits = &shared.config.limits;
     let window = Window::new(limits.publish_window_batches, limits.publish_window_bytes);
     let granted = window.granted();
@@ -155,6 +149,8 @@ async fn open_stream<I>(
         segment,
         pushed: producer.persisted,
         producer,
+        _slot: slot,
+        life: shared.life(heartbeat_ms),
         stream_number,
         inbound,
         window,

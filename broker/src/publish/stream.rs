@@ -1,4 +1,5 @@
-//! The task of one publish stream: reserve the bytes of each batch, hand it to the segment in order, answer in order.
+//! The task of one publish stream: wait for the topic's rate, reserve the bytes of each batch, hand it to the segment in order,
+//! answer in order. While one batch waits nothing more is read, so that a stream holds one batch beyond its budget at most.
 
 use std::{
     pin::{Pin, pin},
@@ -11,8 +12,8 @@ use geminga_proto::{
     ids::Offset,
     reason::Reason,
     v1::{
-        Batch, DurabilityLevel, GoAway, PublishFrame, PublishReply, Receipt, publish_frame::Frame,
-        publish_reply::Reply,
+        Batch, DurabilityLevel, GoAway, Ping, PublishFrame, PublishReply, Receipt,
+        publish_frame::Frame, publish_reply::Reply,
     },
 };
 use geminga_runtime::{budget::Permit, telemetry::MessageSpan};
@@ -26,7 +27,8 @@ use super::{
 use crate::{
     context::Shared,
     errors::{Refusal, unreadable},
-    listener::{Connection, Outbox},
+    limits::ProducerSlot,
+    listener::{Connection, Due, Hearing, Life, Outbox, silent},
     ownership::Segment,
     spans, storage_errors,
 };
@@ -41,6 +43,8 @@ pub(super) struct PublishStream<I> {
     pub(super) connection: Connection,
     pub(super) segment: Arc<Segment>,
     pub(super) producer: ProducerOpened,
+    pub(super) _slot: ProducerSlot,
+    pub(super) life: Life,
     pub(super) stream_number: u64,
     pub(super) inbound: I,
     pub(super) window: Window,
@@ -59,6 +63,7 @@ enum Event {
     GoAway(GoAway),
     Answer(Outcome),
     Reserved(Reserved),
+    Due,
     Frame(Option<Result<PublishFrame, Status>>),
 }
 
@@ -69,15 +74,16 @@ impl<I: Stream<Item = Result<PublishFrame, Status>> + Unpin> PublishStream<I> {
         let segment = Arc::clone(&self.segment);
         let mut in_flight = InFlight::default();
         let mut waiting: Option<(Batch, Reserving)> = None;
-        let (mut told, mut half_closed) = (false, false);
+        let (mut told, mut half_closed, mut leaves) = (false, false, false);
         let mut ended = pin!(segment.ended());
         let mut told_to_go = pin!(shared.told_to_go(&segment));
         let _attending = segment.attend();
         loop {
-            if half_closed && in_flight.is_empty() && waiting.is_none() {
+            if (half_closed || leaves) && in_flight.is_empty() && waiting.is_none() {
                 return Ok(());
             }
-            let takes_frames = !half_closed && waiting.is_none() && outbox.is_open();
+            let listens = !half_closed && !leaves && waiting.is_none();
+            let takes_frames = listens && outbox.is_open();
             let event = tokio::select! {
                 biased;
                 outcome = in_flight.next() => Event::Answer(outcome),
@@ -85,6 +91,7 @@ impl<I: Stream<Item = Result<PublishFrame, Status>> + Unpin> PublishStream<I> {
                 go_away = &mut told_to_go, if !told => Event::GoAway(go_away),
                 () = outbox.changed() => Event::Woken,
                 reserved = reserved(&mut waiting) => Event::Reserved(reserved),
+                () = self.life.due() => Event::Due,
                 frame = self.inbound.next(), if takes_frames => Event::Frame(frame),
             };
             match event {
@@ -92,6 +99,17 @@ impl<I: Stream<Item = Result<PublishFrame, Status>> + Unpin> PublishStream<I> {
                 Event::GoAway(go_away) => {
                     told = true;
                     outbox.push(reply(Reply::GoAway(go_away)), 0);
+                }
+                Event::Due => {
+                    let hearing = match (listens, outbox.is_open()) {
+                        (false, _) => Hearing::Deaf,
+                        (true, true) => Hearing::Listens,
+                        (true, false) => Hearing::Full,
+                    };
+                    leaves |= self.look_at_life(outbox, hearing)?;
+                    if leaves {
+                        waiting = None; // it was not accepted
+                    }
                 }
                 Event::Answer(outcome) => {
                     self.answer(outbox, outcome)?;
@@ -113,22 +131,10 @@ impl<I: Stream<Item = Result<PublishFrame, Status>> + Unpin> PublishStream<I> {
                     }
                     return Err(unreadable(&status));
                 }
-                Event::Frame(Some(Ok(frame))) => match frame.frame {
-                    Some(Frame::Batch(batch)) => waiting = self.accept(&mut in_flight, batch)?,
-                    Some(Frame::Ping(ping)) => outbox.push(reply(Reply::Pong(ping)), 0),
-                    Some(Frame::Open(_)) => {
-                        return Err(Refusal::new(
-                            Reason::UnexpectedFrame,
-                            "the stream is open already",
-                        ));
-                    }
-                    None => {
-                        return Err(Refusal::new(
-                            Reason::UnexpectedFrame,
-                            "a frame of an unknown kind",
-                        ));
-                    }
-                },
+                Event::Frame(Some(Ok(frame))) => {
+                    self.life.heard();
+                    waiting = self.frame(outbox, &mut in_flight, frame)?;
+                }
             }
             if outbox.is_gone() {
                 return Ok(());
@@ -136,7 +142,50 @@ impl<I: Stream<Item = Result<PublishFrame, Status>> + Unpin> PublishStream<I> {
         }
     }
 
-    /// Checks a batch and reserves its bytes; returns it with the wait when they are not free now.
+    /// Heartbeats, and the end in time. True: its time to leave is over.
+    ///
+    /// # Errors
+    /// STREAM_SILENT.
+    fn look_at_life(
+        &mut self,
+        outbox: &Outbox<PublishReply>,
+        hearing: Hearing,
+    ) -> Result<bool, Refusal> {
+        while let Some(due) = self.life.look(Instant::now(), outbox.traffic(), hearing) {
+            match due {
+                Due::Say => outbox.push(reply(Reply::Pong(Ping { token: 0 })), 0),
+                Due::Silent => return Err(silent()),
+                Due::Go(by) => {
+                    let go_away = self.shared.rotate(&self.segment, by);
+                    outbox.push(reply(Reply::GoAway(go_away)), 0);
+                }
+                Due::Leave => return Ok(true),
+            }
+        }
+        Ok(false)
+    }
+
+    fn frame(
+        &mut self,
+        outbox: &Outbox<PublishReply>,
+        in_flight: &mut InFlight,
+        frame: PublishFrame,
+    ) -> Result<Option<(Batch, Reserving)>, Refusal> {
+        match frame.frame {
+            Some(Frame::Batch(batch)) => return self.accept(in_flight, batch),
+            Some(Frame::Ping(ping)) => outbox.push(reply(Reply::Pong(ping)), 0),
+            Some(Frame::Open(_)) => {
+                return Err(Refusal::new(Reason::UnexpectedFrame, "the stream is open already"));
+            }
+            None => {
+                return Err(Refusal::new(Reason::UnexpectedFrame, "a frame of an unknown kind"));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Checks a batch, waits for the topic's rate, and reserves its bytes; returns it with the
+    /// wait when it cannot go on now. What waits for the rate holds no bytes of the budgets: it stops its own stream only.
     fn accept(
         &mut self,
         in_flight: &mut InFlight,
@@ -160,17 +209,25 @@ impl<I: Stream<Item = Result<PublishFrame, Status>> + Unpin> PublishStream<I> {
             return Ok(None);
         }
         let held = batch::held_bytes(&batch);
-        let mine = self.connection.bytes().try_acquire(held);
-        let all = self.shared.publish_bytes.try_acquire(held);
-        if let (Some(mine), Some(all)) = (mine, all) {
-            self.publish(in_flight, batch, (mine, all));
-            return Ok(None);
+        let (segment, shared) = (Arc::clone(&self.segment), Arc::clone(&self.shared));
+        let messages = u64::from(batch.count);
+        let passes = segment.publish_rate().try_pass(messages, bytes);
+        if passes {
+            let mine = self.connection.bytes().try_acquire(held);
+            let all = self.shared.publish_bytes.try_acquire(held);
+            if let (Some(mine), Some(all)) = (mine, all) {
+                self.publish(in_flight, batch, (mine, all));
+                return Ok(None);
+            }
         }
-        let (mine, all) = (self.connection.bytes().clone(), self.shared.publish_bytes.clone());
-        Ok(Some((
-            batch,
-            Box::pin(async move { (mine.acquire(held).await, all.acquire(held).await) }),
-        )))
+        let mine = self.connection.bytes().clone();
+        let reserving = async move {
+            if !passes {
+                segment.publish_rate().pass((messages, bytes), &shared.metrics).await;
+            }
+            (mine.acquire(held).await, shared.publish_bytes.acquire(held).await)
+        };
+        Ok(Some((batch, Box::pin(reserving))))
     }
 
     fn publish(&mut self, in_flight: &mut InFlight, batch: Batch, (mine, all): Reserved) {

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use geminga_managed_ledger::{
     ProducerError, ProducerIdentity, ProducerOpen, ProducerOpened, PublishError, Stored,
 };
@@ -41,6 +42,8 @@ const SESSIONS_MAX: u32 = 3;
 const OWNERS_MAX: u32 = 20;
 /// Pause before it looks again.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Delay told to those who publish where nothing may be.
+const RATE_DELAY: Duration = Duration::from_secs(5);
 /// Turns of the round robin.
 static TURN: AtomicU64 = AtomicU64::new(0);
 
@@ -102,6 +105,15 @@ async fn store(
     name: Option<ProducerName>,
 ) -> Result<PublishResponse, Refusal> {
     let began = Instant::now();
+    if !connection.is_internal() {
+        pass(shared, segment, &batch).await?;
+    }
+    let id = name.as_ref().map(|name| Bytes::from(name.as_str().to_owned()));
+    let _slot = match connection.is_internal() {
+        true => None,
+        // All that name none are one.
+        false => Some(segment.producer_slot(Some(id.unwrap_or_default()))?),
+    };
     let held = batch::held_bytes(&batch);
     let reserve = async {
         (connection.bytes().acquire(held).await, shared.publish_bytes.acquire(held).await)
@@ -130,6 +142,20 @@ async fn store(
         segment: segment.id().segment,
         receipt: Some(receipt(segment, hi_sequence, &stored.0)),
     })
+}
+
+/// Waits for the topic's rate, but not for long.
+///
+/// # Errors
+/// RATE_LIMITED, with when to come back.
+async fn pass(shared: &Shared, segment: &Segment, batch: &Batch) -> Result<(), Refusal> {
+    let (rate, patience) = (segment.publish_rate(), shared.config.limits.busy_after);
+    let needs = (u64::from(batch.count), batch.payload.len() as u64);
+    if timeout(patience, rate.pass(needs, &shared.metrics)).await.is_ok() {
+        return Ok(());
+    }
+    let message = "the topic's publish rate is used up; nothing of the batch was stored";
+    Err(Refusal::new(Reason::RateLimited, message).after(rate.wait().unwrap_or(RATE_DELAY)))
 }
 
 /// The segment a batch goes to. The mirror of topics is enough to route by, so that a store outage does not stop calls for

@@ -17,7 +17,7 @@ mod walk;
 
 use geminga_runtime::budget::ByteBudget;
 
-use crate::auth::Principal;
+use crate::listener::Connection;
 
 pub(crate) use peers::Peers;
 pub(crate) use segments::{SegmentsService, ask, ask_if_claimed};
@@ -27,6 +27,9 @@ pub(crate) use walk::{Steps, in_steps, walk};
 
 /// Metadata of a relayed request: the principal that it is made for.
 pub(crate) const RELAYED_FOR: &str = "geminga-relayed-for";
+
+/// Metadata of a relayed request that a broker makes for itself.
+pub(crate) const RELAYED_INTERNAL: &str = "geminga-relayed-internal";
 
 /// Bytes on their way through this broker. Each direction has its own half: consumers that do not read cannot stop
 /// producers.
@@ -47,10 +50,14 @@ impl RelayBytes {
     }
 }
 
-/// A request for this principal, as it goes to the owner.
-fn relayed<T>(message: T, principal: &Principal) -> tonic::Request<T> {
+/// A request for this connection's principal, as it goes to the owner.
+fn relayed<T>(message: T, connection: &Connection) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
-    let name = principal.to_string().parse().expect("a principal's name is ASCII");
+    let name = connection.principal().to_string().parse().expect("a principal's name is ASCII");
     request.metadata_mut().insert(RELAYED_FOR, name);
+    if connection.is_internal() {
+        let yes = tonic::metadata::MetadataValue::from_static("true");
+        request.metadata_mut().insert(RELAYED_INTERNAL, yes);
+    }
     request
 }

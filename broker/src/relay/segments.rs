@@ -157,19 +157,19 @@ async fn perform(context: &Shared, id: SegmentId, verb: &Verb) -> Result<Segment
             reply.cancelled =
                 subscription::cancel_delayed_here(context, &segment, name, ranges).await?;
         }
+        // A hint: the store says what they are.
         Verb::SettingsChanged(asked) => {
-            let settings = asked.settings.clone().unwrap_or_default();
-            let settings = subscription::settings(&settings)?;
-            if let Some(segment) = ownership.loaded(id) {
-                let id = SubscriptionId(asked.subscription);
-                segment.dispatchers().tell(id, subscription::Command::Settings(settings));
+            if let Some(segment) = ownership.loaded(id)
+                && let Some(name) = segment.subscription_name(SubscriptionId(asked.subscription))
+            {
+                subscription::reread_settings(context, &segment, &name).await?;
             }
         }
         Verb::TierStatus(_) => {
             let segment = ownership.segment(id).await?;
             reply.tier = Some(describe::tier(&segment));
         }
-        Verb::OffloadTier(_) | Verb::VerifyTier(_) => {
+        Verb::OffloadTier(_) | Verb::VerifyTier(_) | Verb::Compact(_) => {
             return Err(Refusal::request("this is a walk, and is not asked for"));
         }
         Verb::Delete(asked) => {

@@ -172,7 +172,7 @@ where
         let (frames, queue) = mpsc::channel::<(F, Option<Permit>)>(FRAMES_MAX);
         frames.try_send((first.clone(), None)).expect("a new queue has room");
         let opening = async {
-            let request = relayed(ToOwner(queue), connection.principal());
+            let request = relayed(ToOwner(queue), connection);
             let mut replies = at_owner(address.clone(), request).await?;
             match replies.message().await {
                 Ok(Some(first)) => Ok((first, replies)),

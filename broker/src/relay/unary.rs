@@ -48,7 +48,7 @@ pub(crate) async fn publish(
     };
     shared.metrics.relayed_bytes.inc_by(bytes);
     at_owner(shared, connection, (id, owner), |address| {
-        let request = relayed(request.clone(), connection.principal());
+        let request = relayed(request.clone(), connection);
         async move {
             let answer = shared.peers.publisher(&address).await?.publish(request).await;
             answer.map_err(|status| shared.peers.failed(&address, &status))
@@ -112,7 +112,7 @@ where
     A: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 {
     at_owner(shared, connection, place, |address| {
-        let request = relayed(request.clone(), connection.principal());
+        let request = relayed(request.clone(), connection);
         let call = &call;
         async move {
             let answer = call(shared.peers.subscriber(&address).await?, request).await;

@@ -1,4 +1,4 @@
-//! A walk over a segment's objects, an offload or a verification: it runs at the owner and tells its steps, to a client there
+//! A walk over a segment's messages or objects, an offload, a verification or a compaction: it runs at the owner and tells its steps, to a client there
 //! or to the broker that was asked.
 
 use std::{
@@ -115,6 +115,7 @@ async fn walk_begun(
     let steps = match verb {
         Verb::OffloadTier(asked) => segment.ledger().offload_now(asked.roll),
         Verb::VerifyTier(_) => segment.ledger().verify_tier(),
+        Verb::Compact(_) => segment.ledger().compact_now(),
         _ => return Err(Refusal::request("this is asked for, and is no walk")),
     };
     let mut steps = steps.map_err(|error| storage_errors::of_tier(&error))?;

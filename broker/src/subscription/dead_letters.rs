@@ -33,6 +33,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 const NAME_PART_MAX: usize = 90;
 /// Between two looks for dead letters that nobody publishes.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// And at least so long: many loads make one look.
+const LOOK_PAUSE: Duration = Duration::from_millis(200);
 
 /// Where a subscription's dead letters go.
 #[derive(Clone, Debug)]
@@ -123,7 +125,8 @@ impl DeadLetters {
         };
         let topic = match shared.catalog.find_topic(&name).await? {
             Some(topic) => topic,
-            None => lifecycle::create_topic(shared, &name, 0).await?,
+            // Of the broker's own: no policy keeps it out.
+            None => lifecycle::create_topic_unlimited(shared, &name, 0).await?,
         };
         let segments = u32::try_from(topic.segments.len()).unwrap_or(1).max(1);
         let (record, hash) = self.copy(segment, &stored, letter);
@@ -148,7 +151,7 @@ impl DeadLetters {
             producer_name: self.producer.clone(),
             batch: Some(batch),
         };
-        let own = Connection::new(([0, 0, 0, 0], 0).into(), &shared.config.limits);
+        let own = Connection::internal(&shared.config.limits);
         publish::publish_own(shared, &own, request).await.map(drop)
     }
 
@@ -228,6 +231,7 @@ pub(crate) async fn resume(shared: Shared) {
                 }
             }
         }
+        sleep(LOOK_PAUSE).await;
         tokio::select! {
             changed = loads.changed() => if changed.is_err() { return },
             () = sleep(LOOK_EVERY) => {}

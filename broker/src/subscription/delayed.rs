@@ -14,7 +14,7 @@ use geminga_proto::{
 };
 
 use super::{
-    Command, DelayedAsked,
+    Command, DelayedAsked, DelayedFound,
     calls::{ask, here, subscription_of},
     wanted,
 };
@@ -67,7 +67,8 @@ pub(crate) async fn list_delayed_here(
     // One more than fits says that there is another page.
     let known = DelayedAsked { after, most: most as usize + 1 };
     let command = |answer| Command::Delayed(known, answer);
-    let (found, frontier) = ask(shared, segment, &subscription, command, deadline).await?;
+    let DelayedFound { known: found, in_log } =
+        ask(shared, segment, &subscription, command, deadline).await?;
     for run in found {
         for offset in run.start..run.end {
             if after.0 == run.due_ms && offset <= after.1 {
@@ -83,10 +84,16 @@ pub(crate) async fn list_delayed_here(
         }
     }
     let from = match token {
-        Token::Known(..) => frontier,
-        Token::Unseen(offset) => offset.max(frontier),
+        Token::Known(..) => 0,
+        Token::Unseen(offset) => offset,
     };
-    look_ahead(shared, segment, &subscription, (from, most), &mut response).await?;
+    for (start, end) in in_log {
+        let run = (start.max(from), end);
+        look_ahead(shared, segment, &subscription, (run, most), &mut response).await?;
+        if !response.next_page_token.is_empty() {
+            break;
+        }
+    }
     Ok(response)
 }
 
@@ -124,12 +131,12 @@ impl std::fmt::Display for Token {
     }
 }
 
-/// What no dispatcher has looked at yet: read, and listed by offset.
+/// What no dispatcher has looked at yet, or tells apart, of a run: read, and listed by offset.
 async fn look_ahead(
     shared: &Shared,
     segment: &Segment,
     subscription: &Subscription,
-    (from, most): (u64, u32),
+    ((from, end), most): ((u64, u64), u32),
     response: &mut ListDelayedResponse,
 ) -> Result<(), Refusal> {
     if !wanted::policy(&subscription.settings).kind.is_shared() {
@@ -141,7 +148,7 @@ async fn look_ahead(
         offset < cursor.mark_delete_next.0
             || cursor.holes.iter().any(|(first, last)| first.0 <= offset && offset <= last.0)
     };
-    let (now, end) = (shared.catalog.now_ms(), ledger.end().borrow().0);
+    let (now, end) = (shared.catalog.now_ms(), ledger.end().borrow().0.min(end));
     let (mut at, mut looked) = (from, 0);
     while at < end {
         if looked >= LOOK_MESSAGES_MAX {
@@ -165,7 +172,7 @@ async fn look_ahead(
             looked += u64::from(batch.header.count);
             let dues = batch.header.index.as_ref().map_or(&[][..], |index| &index.deliver_at_ms);
             for (offset, due_ms) in (base..).zip(dues) {
-                if offset < at || *due_ms <= now || settled(offset) {
+                if offset < at || offset >= end || *due_ms <= now || settled(offset) {
                     continue;
                 }
                 if response.messages.len() as u32 >= most {
@@ -223,9 +230,8 @@ async fn unseen_delays(
     let mut unseen = Vec::new();
     for (start, end) in runs {
         let mut page = ListDelayedResponse::default();
-        look_ahead(shared, segment, subscription, (*start, DELAYED_MAX), &mut page).await?;
-        let of_run = page.messages.iter().map(|message| message.offset);
-        unseen.extend(of_run.filter(|offset| offset < end).map(|offset| (offset, offset + 1)));
+        look_ahead(shared, segment, subscription, ((*start, *end), DELAYED_MAX), &mut page).await?;
+        unseen.extend(page.messages.iter().map(|message| (message.offset, message.offset + 1)));
     }
     Ok(unseen)
 }

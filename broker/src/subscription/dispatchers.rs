@@ -3,13 +3,15 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use geminga_metadata::Revision;
 use geminga_proto::{
     ids::SubscriptionId,
+    names::SubscriptionName,
     reason::Reason,
     v1::{ConsumeReply, Delivery, OpenConsume, SegmentExplained, SubscriptionSettings},
 };
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{gate::Frames, task::Dispatcher, wanted::SettleWanted};
@@ -53,6 +55,14 @@ pub(crate) struct DelayedAsked {
     pub(crate) most: usize,
 }
 
+/// What waits for a time, as a dispatcher knows it.
+#[derive(Clone, Debug)]
+pub(crate) struct DelayedFound {
+    pub(crate) known: Vec<Redelivery>,
+    /// Runs whose times are in the log alone.
+    pub(crate) in_log: Vec<(u64, u64)>,
+}
+
 /// What a dispatcher is asked.
 pub(crate) enum Command {
     Attach(Box<Attach>),
@@ -61,10 +71,9 @@ pub(crate) enum Command {
     /// Everything below is to count as settled, and nothing above.
     Seek(u64, Answer<u64>),
     Explain(Answer<SegmentExplained>),
-    Delayed(DelayedAsked, Answer<(Vec<Redelivery>, u64)>),
+    Delayed(DelayedAsked, Answer<DelayedFound>),
     /// What waits for a time, of these runs; and these offsets, which are known to.
     Cancel(Vec<(u64, u64)>, Vec<(u64, u64)>, Answer<u64>),
-    Settings(SubscriptionSettings),
     /// Write the exact lease table and give nothing more: the segment is about to be closed (L4).
     Stop(oneshot::Sender<()>),
     /// Only there to wake it: it has dead letters to publish.
@@ -83,10 +92,15 @@ pub(crate) struct Seen {
     pub(crate) blocked: Option<&'static str>,
 }
 
+/// Settings, and the revision they were read at.
+pub(crate) type SettingsRead = (Revision, SubscriptionSettings);
+
 /// One dispatcher.
 #[derive(Clone, Debug)]
 struct Entry {
+    name: SubscriptionName,
     commands: mpsc::Sender<Command>,
+    settings: watch::Sender<SettingsRead>,
     seen: Arc<Mutex<Seen>>,
     deleted: CancellationToken,
 }
@@ -134,13 +148,19 @@ impl Dispatchers {
         let (commands, received) = mpsc::channel(COMMANDS_MAX);
         let seen: Arc<Mutex<Seen>> = Arc::default();
         let deleted = CancellationToken::new();
+        let read = (subscription.revision, subscription.settings.clone());
+        let (settings, told) = watch::channel(read);
         let dispatcher = Dispatcher::new(
             shared.clone(),
             Arc::clone(segment),
             subscription,
-            (Arc::clone(&seen), deleted.clone()),
+            (Arc::clone(&seen), deleted.clone(), told),
         )?;
-        entries.insert(subscription.id, Entry { commands: commands.clone(), seen, deleted });
+        let (name, entered) = (subscription.name.clone(), commands.clone());
+        let entry = Entry { name: name.clone(), commands: entered, settings, seen, deleted };
+        entries.insert(subscription.id, entry);
+        // From here on it is told of changes; one that came before is known to the mirror.
+        shared.hub.has_settings_of((segment.id().topic, name), subscription.revision);
         let (dispatchers, id) = (self.clone(), subscription.id);
         shared.streams.spawn("dispatcher", async move {
             dispatcher.run(received, |commands| dispatchers.leave(id, commands)).await;
@@ -164,10 +184,22 @@ impl Dispatchers {
         remove_closed(&mut self.entries.lock(), id);
     }
 
-    /// Hands a command to a dispatcher that runs. False: none does, or its queue is full.
-    pub(crate) fn tell(&self, id: SubscriptionId, command: Command) -> bool {
-        let entry = self.entries.lock().get(&id).cloned();
-        entry.is_some_and(|entry| entry.commands.try_send(command).is_ok())
+    /// Those that run, with the revision of the settings they have.
+    pub(super) fn running_settings(&self) -> Vec<(SubscriptionName, Revision)> {
+        let entries = self.entries.lock();
+        entries.values().map(|entry| (entry.name.clone(), entry.settings.borrow().0)).collect()
+    }
+
+    /// A subscription as it was read: its dispatcher, if it runs, goes by these settings, unless it has later ones.
+    pub(super) fn tell_settings(&self, subscription: &Subscription) {
+        let Some(entry) = self.entries.lock().get(&subscription.id).cloned() else { return };
+        entry.settings.send_if_modified(|told| {
+            let later = subscription.revision > told.0;
+            if later {
+                *told = (subscription.revision, subscription.settings.clone());
+            }
+            later
+        });
     }
 
     /// What everybody may see of the subscription's dispatcher.

@@ -20,6 +20,7 @@ use tracing::Instrument;
 use super::{
     Attach, Command, calls,
     gate::Frames,
+    pace::Pace,
     reader::{self, Reader},
     wanted::{self, start_of},
 };
@@ -28,7 +29,7 @@ use crate::{
     context::Shared,
     errors::Refusal,
     lifecycle,
-    listener::{Connection, Outbox, OutboxStream, first_frame, not_opened, outbox},
+    listener::{Connection, Outbox, OutboxStream, check_heartbeat, first_frame, not_opened},
     ownership::{Found, Segment},
     publish::{check_layout, elsewhere, relays},
     relay,
@@ -61,26 +62,9 @@ impl Subscriber for SubscriberService {
         &self,
         request: Request<Streaming<ConsumeFrame>>,
     ) -> Result<Response<Self::ConsumeStream>, Status> {
-        let shared = self.0.clone();
-        let connection = Connection::of(&request, &shared.config.limits);
-        let slot = shared.stream_slot(&connection).map_err(|refusal| shared.refused(refusal))?;
-        let (sender, stream) = outbox(shared.config.limits.outbox_bytes_max);
-        let inbound = request.into_inner().boxed();
-        let task = async move {
-            let _slot = slot;
-            let _open = shared.metrics.stream("consume");
-            let result = serve(&shared, &connection, inbound, sender).await;
-            if let Err(refusal) = &result {
-                shared.metrics.refuse(refusal.reason);
-                tracing::debug!(
-                    reason = refusal.reason.as_str(),
-                    message = refusal.message,
-                    "consume stream ended"
-                );
-            }
-        };
-        self.0.streams.spawn("consume stream", task);
-        Ok(Response::new(stream))
+        self.0.serve_stream("consume", request, |shared, connection, inbound, outbox| async move {
+            serve(&shared, &connection, inbound.boxed(), outbox).await
+        })
     }
 
     async fn settle(
@@ -157,9 +141,11 @@ async fn open_stream(
         Found::Elsewhere(owner) => return Err(elsewhere(&topic, id, owner)),
     };
     if open.reader.is_some() {
-        let next = reader::offset_of(&segment, open.reader).await?;
+        let (next, compacted) = reader::begin(&segment, &open).await?;
         let (shared, layout_epoch) = (shared.clone(), topic.layout_epoch);
-        let reader = Reader { shared, segment, layout_epoch, next, granted: (0, 0), used: (0, 0) };
+        let pace = Pace::new(&shared, &segment, open.heartbeat_ms);
+        let (granted, used) = ((0, 0), (0, 0));
+        let reader = Reader { shared, segment, layout_epoch, next, compacted, granted, used, pace };
         let Some(outbox) = outbox else { return Ok(()) };
         return reader.run(inbound, outbox).await;
     }
@@ -197,6 +183,7 @@ async fn attach(
 /// The topic and the segment of an open frame, before anything is loaded or sent elsewhere for it.
 async fn checked(shared: &Shared, open: &OpenConsume) -> Result<(Topic, SegmentId), Refusal> {
     let topic_name = TopicName::parse(&open.topic)?;
+    check_heartbeat(open.heartbeat_ms)?;
     if !open.consumer_name.is_empty() {
         ConsumerName::parse(&open.consumer_name)?;
     }
@@ -216,6 +203,9 @@ async fn checked(shared: &Shared, open: &OpenConsume) -> Result<(Topic, SegmentI
             return Err(Refusal::request("a reader has no subscription, and claims nothing"));
         }
         return Ok((topic, id));
+    }
+    if open.compacted {
+        return Err(Refusal::request("only a reader can read what is compacted"));
     }
     let name = SubscriptionName::parse(&open.subscription)?;
     match open.create_at {

@@ -1,7 +1,7 @@
 //! Retention and offload as the broker drives them; the work itself is the managed ledger's (section 13).
 //!
-//! - `policies`: what is set for cluster, namespace and topic reaches every segment that is served here. As long as nothing is
-//!   set for a segment nothing of it is trimmed or moved.
+//! - `policies`: what is set for cluster, tenant, namespace and topic reaches every segment that is served here. As long as
+//!   nothing is set for a segment nothing of it is trimmed or moved.
 //! - `sweep`: the janitor's rounds over cold storage (X4), in which the brokers of a cluster share.
 
 mod policies;

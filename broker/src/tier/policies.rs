@@ -1,4 +1,4 @@
-//! The one who tells segments their policy: after each load, after each change of a level, and now and then in any case.
+//! The one who tells segments their policies: after each load, after each change of a level, and now and then in any case.
 //!
 //! Watches are hints (MD2): they say whose policy is to be read again. What a segment is told was read from the store, all its
 //! levels at one revision. What cannot be read leaves the policy as it is, and is read again soon.
@@ -12,9 +12,8 @@ use geminga_metadata::{
 };
 use geminga_proto::{
     ids::{Epoch, SegmentId, TopicId},
-    names::{NamespaceName, TopicName},
-    storage::v1::Policies,
-    v1 as pb,
+    names::{NamespaceName, TenantName, TopicName},
+    v1::{self as pb, Policies},
 };
 use geminga_runtime::tasks::Tasks;
 use parking_lot::Mutex;
@@ -24,9 +23,10 @@ use tokio::{
 };
 
 use crate::{
-    catalog::{BUILT_IN, TOPICS_PER_READ},
+    catalog::{BUILT_IN, SetPolicies, TOPICS_PER_READ},
     context::Shared,
     errors::Refusal,
+    limits::limits_of,
     mirror::{self, Seen},
     ownership::Segment,
 };
@@ -50,6 +50,7 @@ pub(super) struct Levels {
 #[derive(Debug, Default)]
 struct SeenLevels {
     cluster: Option<Revision>,
+    tenants: BTreeMap<TenantName, Revision>,
     namespaces: BTreeMap<NamespaceName, Revision>,
 }
 
@@ -57,6 +58,7 @@ impl Levels {
     pub(super) fn start(store: &SharedStore, tasks: &Tasks) -> Self {
         let this = Self { seen: Arc::default(), version: watch::Sender::new(0) };
         let watched = [
+            ("tenant watch", keys::tenants()),
             ("namespace watch", keys::namespaces()),
             ("cluster policy watch", keys::cluster_policies()),
         ];
@@ -71,9 +73,11 @@ impl Levels {
     fn apply(&self, prefix: &Key, seen: Seen<'_>) {
         let mut levels = self.seen.lock();
         match seen {
-            Seen::All(all) => {
+            Seen::All(all, _) => {
                 if *prefix == keys::namespaces() {
                     levels.namespaces.clear();
+                } else if *prefix == keys::tenants() {
+                    levels.tenants.clear();
                 } else {
                     levels.cluster = None;
                 }
@@ -99,6 +103,9 @@ impl SeenLevels {
             Some(ParsedKey::Namespace(name)) => {
                 self.namespaces.insert(name, item.mod_revision);
             }
+            Some(ParsedKey::Tenant(name)) => {
+                self.tenants.insert(name, item.mod_revision);
+            }
             _ if item.key == keys::cluster_policies() => self.cluster = Some(item.mod_revision),
             _ => {}
         }
@@ -107,14 +114,15 @@ impl SeenLevels {
     fn delete(&mut self, key: &Key) {
         match keys::parse(key) {
             Some(ParsedKey::Namespace(name)) => drop(self.namespaces.remove(&name)),
+            Some(ParsedKey::Tenant(name)) => drop(self.tenants.remove(&name)),
             _ if *key == keys::cluster_policies() => self.cluster = None,
             _ => {}
         }
     }
 }
 
-/// When cluster, namespace and topic were last changed, as last seen: another hint means another read.
-type Hint = [Option<Revision>; 3];
+/// When cluster, tenant, namespace and topic were last changed, as last seen: another hint means another read.
+type Hint = [Option<Revision>; 4];
 
 /// Tells segments their policies until it is dropped.
 pub(super) async fn keep(shared: Shared, levels: Levels) {
@@ -187,14 +195,16 @@ impl Keeper {
 
     fn hint(&self, segment: &Segment) -> Hint {
         let levels = self.levels.seen.lock();
-        let namespace = levels.namespaces.get(segment.topic().namespace()).copied();
-        [levels.cluster, namespace, self.shared.hub.revision(segment.id().topic)]
+        let name = segment.topic().namespace();
+        let namespace = levels.namespaces.get(name).copied();
+        let tenant = levels.tenants.get(name.tenant()).copied();
+        [levels.cluster, tenant, namespace, self.shared.hub.revision(segment.id().topic)]
     }
 
     async fn read(
         &self,
         topics: &[Vec<(Arc<Segment>, Hint)>],
-    ) -> Result<Vec<Option<Policies>>, Refusal> {
+    ) -> Result<Vec<Option<SetPolicies>>, Refusal> {
         let first = |segments: &Vec<(Arc<Segment>, Hint)>| {
             let (segment, _) = segments.first()?;
             Some((segment.id().topic, segment.topic().clone()))
@@ -211,9 +221,13 @@ impl Keeper {
     }
 }
 
-/// Only somebody's decision lets anything be trimmed or moved: without one the segment has no policy at all.
-fn tell(segment: &Segment, set: Option<&Policies>) {
-    let policy = set.map(tier_policy);
+/// Only somebody's decision lets anything be trimmed or moved: without one the segment has no policy at all. Limits stay as they
+/// were where nothing could be read.
+fn tell(segment: &Segment, set: Option<&SetPolicies>) {
+    if let Some(set) = set {
+        segment.set_limits(limits_of(set));
+    }
+    let policy = set.and_then(|set| tier_policy(&set.policies));
     if segment.ledger().policy() == policy {
         return;
     }
@@ -230,10 +244,25 @@ fn tell(segment: &Segment, set: Option<&Policies>) {
 }
 
 /// What is set, over what is built in. An absent retention is no retention, not one of zero: a topic without subscriptions
-/// keeps everything under the one, and nothing under the other.
-fn tier_policy(set: &Policies) -> TierPolicy {
+/// keeps everything under the one, and nothing under the other. None where nothing is said of keeping: limits of rates and
+/// counts let nothing go.
+fn tier_policy(set: &Policies) -> Option<TierPolicy> {
+    let limits = Policies {
+        publish_messages_per_s: set.publish_messages_per_s,
+        publish_bytes_per_s: set.publish_bytes_per_s,
+        deliver_messages_per_s: set.deliver_messages_per_s,
+        deliver_bytes_per_s: set.deliver_bytes_per_s,
+        producers_max: set.producers_max,
+        consumers_max: set.consumers_max,
+        subscriptions_max: set.subscriptions_max,
+        topics_max: set.topics_max,
+        ..Policies::default()
+    };
+    if *set == limits {
+        return None;
+    }
     let built_in = TierPolicy::default();
-    TierPolicy {
+    Some(TierPolicy {
         offload_after: set
             .offload_after_ms
             .or(BUILT_IN.offload_after_ms)
@@ -253,7 +282,8 @@ fn tier_policy(set: &Policies) -> TierPolicy {
             pb::BacklogAction::Hold => BacklogAction::Hold,
             pb::BacklogAction::EvictOldest => BacklogAction::EvictOldest,
         },
-    }
+        compact_after_bytes: set.compact_after_bytes.or(BUILT_IN.compact_after_bytes),
+    })
 }
 
 #[cfg(test)]
@@ -262,7 +292,15 @@ mod tests {
 
     #[test]
     fn what_nobody_set_is_the_default_of_the_managed_ledger_and_zero_is_not_absent() {
-        assert_eq!(tier_policy(&Policies::default()), TierPolicy::default());
+        assert_eq!(tier_policy(&Policies::default()), None);
+        let limits = Policies {
+            producers_max: Some(3),
+            deliver_bytes_per_s: Some(0),
+            ..Policies::default()
+        };
+        assert_eq!(tier_policy(&limits), None, "a limit lets nothing be trimmed");
+        let empty = Policies { delete_lag_ms: BUILT_IN.delete_lag_ms, ..limits };
+        assert_eq!(tier_policy(&empty), Some(TierPolicy::default()));
         let set = Policies {
             offload_after_ms: Some(5),
             delete_lag_ms: Some(6),
@@ -277,6 +315,6 @@ mod tests {
             retention_bytes: Some(0),
             ..TierPolicy::default()
         };
-        assert_eq!(tier_policy(&set), expected);
+        assert_eq!(tier_policy(&set), Some(expected));
     }
 }

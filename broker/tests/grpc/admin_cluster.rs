@@ -5,11 +5,12 @@ use geminga_proto::{
     admin::v1::{
         CreateTopicRequest, DeleteTopicRequest, DescribeClusterRequest, DescribeLedgerRequest,
         DescribeTopicRequest, DrainBookieRequest, DrainBrokerRequest, GetPoliciesRequest,
-        ListBookiesRequest, ListBrokersRequest, ListLedgersRequest, Policies, SetPoliciesRequest,
+        ListBookiesRequest, ListBrokersRequest, ListLedgersRequest, SetPoliciesRequest,
     },
     ids::{Incarnation, LedgerId},
     reason::Reason,
     storage::v1::{Available, Cookie, Lost, UnderReplicated},
+    v1::Policies,
 };
 use prost::Message;
 
@@ -150,7 +151,17 @@ async fn policies_are_taken_from_the_nearest_level_and_outlive_other_changes() {
         .await
         .expect("set");
     set(TOPIC, retention(4), &[]).await.expect("set");
+    let of_tenant = Policies { ttl_ms: Some(7), retention_bytes: Some(8), ..retention(2) };
+    set("public", of_tenant, &[]).await.expect("set");
+    let found = get("public").await.expect("found");
+    assert_eq!(found.own, Some(of_tenant));
+    assert_eq!(found.sources.get("ttl_ms").map(String::as_str), Some("tenant"));
+    assert_eq!(refused(get("nobody").await), Reason::TenantNotFound);
+    let topics = Policies { topics_max: Some(3), ..Policies::default() };
+    assert_eq!(refused(set(TOPIC, topics, &[]).await), Reason::InvalidRequest);
     let found = get(TOPIC).await.expect("found");
+    assert_eq!(found.effective.expect("there").ttl_ms, Some(7));
+    assert_eq!(found.sources.get("ttl_ms").map(String::as_str), Some("tenant"));
     let effective = found.effective.expect("there");
     assert_eq!((effective.retention_ms, effective.retention_bytes), (Some(4), Some(2)));
     assert_eq!(found.own, Some(retention(4)));
@@ -161,6 +172,9 @@ async fn policies_are_taken_from_the_nearest_level_and_outlive_other_changes() {
     );
     assert_eq!(source("delete_lag_ms"), "default");
     let found = set("public/default", Policies::default(), &["retention_ms"]).await.expect("unset");
+    assert_eq!(found.effective.expect("there").retention_ms, Some(2), "of the tenant now");
+    set("public", Policies::default(), &["retention_ms"]).await.expect("unset");
+    let found = get("public/default").await.expect("found");
     assert_eq!(found.effective.expect("there").retention_ms, Some(1), "of the cluster again");
     assert_eq!(found.own, Some(Policies { retention_bytes: Some(2), ..Policies::default() }));
     for (scope, policies, unset) in [

@@ -207,7 +207,9 @@ async fn what_is_asked_beyond_a_cap_is_refused_and_no_number_overflows() {
         start: 0,
         ..Default::default()
     };
-    assert_eq!(refused(client.admin().create_subscription(second).await), Reason::InvalidRequest);
+    let second = client.admin().create_subscription(second).await.expect_err("one too many");
+    assert_eq!(reason(&second), Reason::TooManySubscriptions);
+    assert_eq!(fact(&second, "level"), "server");
     let mut contradicting = batch(0, 2, "x");
     contradicting.index = Some(RecordIndex::default());
     let request = PublishRequest {

@@ -1,7 +1,13 @@
 //! A broker in this process on the real managed ledger, over in-memory bookies and an in-memory store that fail when a test
 //! says so; and clients that speak the protocol frame by frame.
 
-use std::{collections::VecDeque, future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    future::Future,
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use geminga_bookie_client::{
@@ -52,6 +58,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, transport::Channel};
 use tonic_types::StatusExt;
 
+use crate::counted::Counted;
+
 /// Nothing here takes longer unless it hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// Bundles of a new cluster.
@@ -66,6 +74,8 @@ pub(crate) struct Cluster {
     pub(crate) network: Network,
     pub(crate) broker: Option<Broker>,
     pub(crate) registry: MetricsRegistry,
+    /// Values read of the store.
+    pub(crate) read: Arc<AtomicU64>,
     /// Below every faulty store.
     memory: SharedStore,
     loopback: Loopback,
@@ -96,7 +106,9 @@ impl Cluster {
 
     pub(crate) async fn start_as(change: impl FnOnce(&mut Settings)) -> Self {
         let (random, tasks) = (Random::from_seed(1), Tasks::new("test"));
-        let memory: SharedStore = Arc::new(MemoryStore::new());
+        let read = Arc::default();
+        let store = Arc::new(MemoryStore::new());
+        let memory: SharedStore = Arc::new(Counted { store, read: Arc::clone(&read) });
         let store = FaultyStore::new(memory.clone(), random.fork(), FaultPlan::default(), &tasks);
         let (loopback, bookies) =
             (Loopback::new(), (1..=3).map(Incarnation).map(MemoryBookie::new));
@@ -106,6 +118,7 @@ impl Cluster {
             network: Network::default(),
             broker: None,
             registry: MetricsRegistry::new(),
+            read,
             memory,
             loopback,
             random,

@@ -16,7 +16,9 @@ use geminga_proto::{
     },
     internal::v1::{SegmentRequest, segments_client::SegmentsClient},
     reason::Reason,
-    v1::{OpenConsume, OpenPublish, PublishRequest, SettleRequest, WatchRequest},
+    v1::{
+        OpenConsume, OpenPublish, PublishRequest, SettleRequest, WatchRequest, WatchTopicsRequest,
+    },
 };
 use parking_lot::Mutex;
 use tonic::Status;
@@ -124,9 +126,11 @@ async fn every_call(client: &Client) -> Vec<(Result<(), Status>, &'static str)> 
     call!(list_ledgers, of_topic, "List topic a/b/t");
     call!(describe_ledger, DescribeLedgerRequest { id: 1 }, "Describe the cluster");
     call!(get_policies, GetPoliciesRequest { scope: s("") }, "Describe the cluster");
+    call!(get_policies, GetPoliciesRequest { scope: s("a") }, "Describe tenant a");
     call!(get_policies, GetPoliciesRequest { scope: s("a/b") }, "Describe namespace a/b");
     let set = |scope: &str| SetPoliciesRequest { scope: scope.into(), ..Default::default() };
     call!(set_policies, set(""), "Configure the cluster");
+    call!(set_policies, set("a"), "Configure tenant a");
     call!(set_policies, set(TOPIC), "Configure topic a/b/t");
     call!(tier_status, TierStatusRequest { topic: topic.clone() }, "Describe topic a/b/t");
     let offload = OffloadTopicRequest { topic: topic.clone(), roll: false };
@@ -152,6 +156,8 @@ async fn every_call(client: &Client) -> Vec<(Result<(), Status>, &'static str)> 
     ));
     let watch = WatchRequest { topic, create_if_missing: false };
     calls.push((client.discovery().watch(watch).await.map(drop), "Lookup topic a/b/t"));
+    let watch = WatchTopicsRequest { namespace: s("a/b"), ..Default::default() };
+    calls.push((client.discovery().watch_topics(watch).await.map(drop), "List namespace a/b"));
     calls
 }
 

@@ -9,11 +9,11 @@ use geminga_proto::{
     admin::v1::{
         CreateTenantRequest, CreateTopicRequest, DeleteNamespaceRequest, DescribeNamespaceRequest,
         DescribeTenantRequest, DescribeTopicRequest, ListTenantsRequest, OffloadTopicRequest,
-        Policies, SetPoliciesRequest, VerifyTierRequest,
+        SetPoliciesRequest, VerifyTierRequest,
     },
     reason::Reason,
     v1::{
-        Accept, AcceptUpTo, AccessMode, Batch, OffsetRange, OpenConsume, OpenPublish,
+        Accept, AcceptUpTo, AccessMode, Batch, OffsetRange, OpenConsume, OpenPublish, Policies,
         PublishRequest, Settle, SettleRequest, SubscriptionSettings, SubscriptionType,
         publish_frame, settle::Verb,
     },
@@ -64,6 +64,10 @@ fn force(wanted: Reason) -> BoxFuture<'static, Status> {
         Reason::CreditExceeded => credit_exceeded().boxed(),
         Reason::Busy => busy().boxed(),
         Reason::BacklogQuota => backlog_quota().boxed(),
+        Reason::RateLimited => rate_limited().boxed(),
+        Reason::TooManyTopics => too_many_topics().boxed(),
+        Reason::TooManySubscriptions => too_many_subscriptions().boxed(),
+        Reason::StreamSilent => stream_silent().boxed(),
         Reason::TooManyStreams => too_many_streams().boxed(),
         Reason::ConsumerExists => consumer_exists().boxed(),
         Reason::ConsumerReplaced => consumer_replaced().boxed(),
@@ -333,6 +337,62 @@ async fn backlog_quota() -> Status {
         match client.publisher().publish(unary("", batch(0, 1, "more than ten bytes"))).await {
             Ok(_) => assert!(tokio::time::Instant::now() < deadline, "never over its quota"),
             Err(refused) => return refused,
+        }
+    }
+}
+
+async fn set(client: &Client, scope: &str, policies: Policies) {
+    let set = SetPoliciesRequest { scope: scope.into(), policies: Some(policies), unset: vec![] };
+    client.admin().set_policies(set).await.expect("set");
+}
+
+async fn rate_limited() -> Status {
+    let cluster =
+        Cluster::start_with(|config| config.limits.busy_after = Duration::from_millis(50)).await;
+    let client = cluster.client().await;
+    client.topic(TOPIC, 1).await;
+    set(&client, TOPIC, Policies { publish_messages_per_s: Some(1), ..Policies::default() }).await;
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        match client.publisher().publish(unary("", batch(0, 2, "xy"))).await {
+            Ok(_) => assert!(tokio::time::Instant::now() < deadline, "never past its rate"),
+            Err(refused) => return refused,
+        }
+    }
+}
+
+async fn too_many_topics() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    set(&client, "public", Policies { topics_max: Some(1), ..Policies::default() }).await;
+    client.topic(TOPIC, 1).await; // the one that is there
+    let create = CreateTopicRequest { name: "public/default/second".into(), segments: 1 };
+    let status = refusal(client.admin().create_topic(create).await);
+    assert_eq!(
+        (fact(&status, "topics_max"), fact(&status, "level")),
+        ("1".into(), "tenant".into())
+    );
+    status
+}
+
+async fn too_many_subscriptions() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    set(&client, TOPIC, Policies { subscriptions_max: Some(1), ..Policies::default() }).await;
+    client.consumer(TOPIC, "s").await;
+    client.consumer(TOPIC, "s").await; // the one that is there
+    let status = refusal(client.open_consumer(open_consume(TOPIC, "t")).await);
+    assert_eq!(fact(&status, "subscriptions_max"), "1");
+    assert_eq!(fact(&status, "level"), "topic");
+    status
+}
+
+async fn stream_silent() -> Status {
+    let (_cluster, client) = cluster_with_topic().await;
+    let open = OpenPublish { heartbeat_ms: 1_000, ..named("", 1) };
+    let mut producer = client.open_producer(open).await.expect("opened");
+    loop {
+        // Its own heartbeats come until then.
+        if let Err(status) = producer.raw.reply().await {
+            return status;
         }
     }
 }

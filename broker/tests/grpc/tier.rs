@@ -5,11 +5,14 @@ use std::{collections::BTreeSet, time::Duration};
 use geminga_managed_ledger::ColdStorage;
 use geminga_proto::{
     admin::v1::{
-        OffloadTopicRequest, Policies, SegmentTier, SetPoliciesRequest, TierProgress,
-        TierStatusRequest, VerifyTierRequest,
+        OffloadTopicRequest, SegmentTier, SetPoliciesRequest, TierProgress, TierStatusRequest,
+        VerifyTierRequest,
     },
     reason::Reason,
-    v1::{AcceptUpTo, BacklogAction, OpenPublish, Route, Settle, SettleRequest, settle::Verb},
+    v1::{
+        AcceptUpTo, BacklogAction, OpenPublish, Policies, Route, Settle, SettleRequest,
+        settle::Verb,
+    },
 };
 use tokio::time::timeout;
 use tonic::{Status, Streaming};

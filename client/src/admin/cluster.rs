@@ -1,12 +1,12 @@
 //! The cluster itself: members, placement, ledgers, policies, cold data. Any broker answers.
 
-use geminga_proto::{admin::v1 as pb, names::TopicName};
+use geminga_proto::{admin::v1 as pb, names::TopicName, v1::Policies};
 use tonic::{Request, Streaming};
 
 use super::{Admin, PAGE_ITEMS, PAGES_MAX, answer};
 use crate::error::Error;
 
-/// A long walk over a topic's cold data, as it goes. It ends when the server has nothing more to tell.
+/// A long walk over a topic's data, as it goes. It ends when the server has nothing more to tell.
 #[derive(Debug)]
 pub struct TierWalk(Streaming<pb::TierProgress>);
 
@@ -76,7 +76,8 @@ impl Admin {
         call!(self, describe_ledger, pb::DescribeLedgerRequest { id })
     }
 
-    /// Retention and offload of a scope: the empty text for the cluster, `tenant/namespace`, `tenant/namespace/topic`.
+    /// What holds for topics of a scope: the empty text for the cluster, `tenant`, `tenant/namespace`, or
+    /// `tenant/namespace/topic`.
     pub async fn policies(&self, scope: &str) -> Result<pb::PoliciesResponse, Error> {
         call!(self, get_policies, pb::GetPoliciesRequest { scope: scope.to_owned() })
     }
@@ -85,7 +86,7 @@ impl Admin {
     pub async fn set_policies(
         &self,
         scope: &str,
-        policies: pb::Policies,
+        policies: Policies,
         unset: Vec<String>,
     ) -> Result<pb::PoliciesResponse, Error> {
         let request =
@@ -103,6 +104,12 @@ impl Admin {
     pub async fn offload_topic(&self, name: &TopicName, roll: bool) -> Result<TierWalk, Error> {
         let request = pb::OffloadTopicRequest { topic: name.to_string(), roll };
         Ok(TierWalk(answer(self.client().offload_topic(Request::new(request)).await)?))
+    }
+
+    /// Compacts every segment of a topic up to its present end: the latest message of each key is kept for compacted readers.
+    pub async fn compact_topic(&self, name: &TopicName) -> Result<TierWalk, Error> {
+        let request = pb::CompactTopicRequest { topic: name.to_string() };
+        Ok(TierWalk(answer(self.client().compact_topic(Request::new(request)).await)?))
     }
 
     /// Reads every object of a topic and checks it.

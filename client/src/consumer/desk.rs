@@ -60,6 +60,11 @@ struct State {
     revoked: Vec<Revoked>,
     /// Of the subscription, as the last open was answered.
     settings: SubscriptionSettings,
+    /// Of a compacted reader, as the last open was answered.
+    compacted_to: u64,
+    /// The application wants to know how far the server has read.
+    asks_reached: bool,
+    told_reached: Option<Told>,
     closing: bool,
     ended: bool,
 }
@@ -74,6 +79,24 @@ struct Revoked {
     until: u64,
 }
 
+/// How far the server had read when it had delivered so many messages of the present stream.
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    delivered: u64,
+    next_offset: Option<u64>,
+}
+
+/// How far a reader has come: everything below was handed out, or is left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reached {
+    /// Not answered yet, or not everything that came before the answer is handed out.
+    Unknown,
+    /// The server does not say it.
+    NotTold,
+    /// All below this offset.
+    Upto(u64),
+}
+
 /// What the task finds when it looks.
 pub(super) struct Seen {
     /// Handed out on the present stream, in total.
@@ -81,6 +104,8 @@ pub(super) struct Seen {
     pub(super) taken_bytes: u64,
     pub(super) requests: Vec<Request>,
     pub(super) closing: bool,
+    /// The server is to be asked how far it has read.
+    pub(super) asks_reached: bool,
 }
 
 impl Desk {
@@ -96,6 +121,7 @@ impl Desk {
             taken_bytes: state.taken_bytes,
             requests: std::mem::take(&mut state.requests),
             closing: state.closing,
+            asks_reached: std::mem::take(&mut state.asks_reached),
         }
     }
 
@@ -108,6 +134,7 @@ impl Desk {
         state.revoked.clear();
         state.taken_messages = 0;
         state.taken_bytes = 0;
+        state.told_reached = None;
         self.any_revoked.store(false, Ordering::Release);
         self.active.store(false, Ordering::Release);
         before & ((1 << COUNT_BITS) - 1)
@@ -148,6 +175,39 @@ impl Desk {
     /// Of the subscription.
     pub(super) fn settings(&self) -> SubscriptionSettings {
         self.state.lock().settings.clone()
+    }
+
+    pub(super) fn set_compacted_to(&self, offset: u64) {
+        self.state.lock().compacted_to = offset;
+    }
+
+    /// Of a compacted reader: messages below it came from the compacted view.
+    pub(super) fn compacted_to(&self) -> u64 {
+        self.state.lock().compacted_to
+    }
+
+    /// Asks the server how far it has read; [`Self::reached`] tells once it is answered. Asked again after a break.
+    pub(super) fn ask_reached(&self) {
+        self.state.lock().asks_reached = true;
+        self.wake.notify_one();
+    }
+
+    /// The server had read so far when it had delivered so much.
+    pub(super) fn set_reached(&self, delivered: u64, next_offset: Option<u64>) {
+        let mut state = self.state.lock();
+        state.told_reached = Some(Told { delivered, next_offset });
+        wake(state.waker.take());
+    }
+
+    /// How far the reader has come, as far as it was answered.
+    pub(super) fn reached(&self) -> Reached {
+        let seen = self.seen();
+        match self.state.lock().told_reached {
+            Some(told) if seen >= told.delivered => {
+                told.next_offset.map_or(Reached::NotTold, Reached::Upto)
+            }
+            _ => Reached::Unknown,
+        }
     }
 
     pub(super) fn set_active(&self, active: bool) {

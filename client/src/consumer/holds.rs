@@ -137,6 +137,14 @@ impl Holds {
         self.runs.range(..=offset).next_back().map(|(_, run)| (run.last.min(offset), run))
     }
 
+    /// Every message held in `[first, last]`, with its run.
+    pub(crate) fn each(&self, first: u64, last: u64) -> impl Iterator<Item = (u64, &Run)> {
+        let begin = self.runs.range(..=first).next_back().map_or(first, |(begin, _)| *begin);
+        let runs = self.runs.range(begin..=last.max(begin));
+        let inside = move |of: u64, run: &Run| of.max(first)..=run.last.min(last);
+        runs.flat_map(move |(of, run)| inside(*of, run).map(move |offset| (offset, run)))
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.runs.is_empty()
     }

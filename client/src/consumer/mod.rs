@@ -1,17 +1,18 @@
 //! The consumer: a stream of messages over all segments of a subscription, and what is asked for them.
 //!
 //! ```text
-//! server -> segment_stream.rs (one task a segment, credit) -> desk.rs -> source.rs: decode, hand out
+//! server -> line.rs (stream, credit, heartbeat) -> segment_stream.rs (one task a segment) -> desk.rs -> source.rs: hand out
 //! accept, release, reject, extend -> desk.rs -> settles.rs: presented under the handle held now, confirmed once durable
 //!                                               holds.rs: what is held, claimed after a break (L4), leases extended
 //! ```
 //! One hop a delivery, none a message. A batch is decompressed when its turn comes, not before: what waits is bounded by
-//! the credit. What a broken stream had delivered and the application has not seen is dropped and comes again; what it has
-//! seen stays its own, if the server grants it.
+//! the credit. What a broken stream had delivered and the application has not seen is claimed, given back uncounted, and comes
+//! again; what it has seen stays its own, if the server grants it.
 
 mod asked;
 mod desk;
 mod holds;
+mod line;
 mod reader;
 mod received;
 mod segment_stream;
@@ -38,6 +39,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
+pub(crate) use self::desk::Reached;
 pub(crate) use self::source::{Batch, ranges_of};
 use self::{
     asked::Ask,
@@ -210,6 +212,7 @@ impl ConsumerBuilder {
             target,
             name,
             window: self.window,
+            heartbeat: self.parts.heartbeat,
             open_by: Instant::now() + self.parts.open_timeout,
         };
         let sources = Sources::open(self.parts, settings, self.create_topic, self.segments).await?;
@@ -223,8 +226,8 @@ fn random_name(parts: &Parts) -> Result<ConsumerName, Error> {
 
 /// A stream of the messages of a subscription. It ends after [`Self::close`], or with the errors of all segments.
 ///
-/// Dropping it without close leaves settles that are not confirmed of unknown outcome, and what it holds counts as failed
-/// when the server has waited for it to come back (5 s).
+/// Dropping it without close says nothing to the server: settles that are not confirmed are of unknown outcome, and what it
+/// holds counts as failed when the server has waited for it to come back (5 s).
 #[derive(Debug)]
 pub struct Consumer(Sources);
 
@@ -248,6 +251,11 @@ impl Consumer {
         &self.0.topic
     }
 
+    /// The id of the topic that has the name now: another one when it was deleted and created again.
+    pub(crate) fn topic_id(&self) -> u64 {
+        self.0.layout.with(|known| known.topic_id)
+    }
+
     /// Type, retry policy and lease of the subscription, as they were when its stream was opened last.
     #[must_use]
     pub fn settings(&self) -> SubscriptionSettings {
@@ -262,7 +270,7 @@ impl Consumer {
         active.map(|(segment, _)| *segment).collect()
     }
 
-    /// Asks for no more messages, waits until every settle is confirmed, and ends the streams. What was delivered and not
+    /// Asks for no more messages, waits until every settle is confirmed, and leaves for good. What was delivered and not
     /// settled goes back to the subscription at once, and its attempt does not count.
     ///
     /// # Errors
@@ -297,6 +305,7 @@ struct Sources {
     turn: u32,
     parts: Parts,
     topic: TopicName,
+    layout: LayoutWatch,
 }
 
 impl Drop for Sources {
@@ -324,7 +333,8 @@ impl Sources {
         )
         .await?;
         // From here on dropping it ends its tasks.
-        let mut opened = Self { sources: BTreeMap::new(), turn: 0, parts, topic: topic.clone() };
+        let (sources, watch) = (BTreeMap::new(), layout.clone());
+        let mut opened = Self { sources, turn: 0, parts, topic: topic.clone(), layout: watch };
         let known: Vec<u32> = layout.with(|known| known.table.segments().collect());
         let wanted = wanted.unwrap_or_else(|| known.clone());
         if let Some(missing) = wanted.iter().find(|segment| !known.contains(segment)) {

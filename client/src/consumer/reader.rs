@@ -13,7 +13,7 @@ use geminga_proto::{
 use tokio::time::Instant;
 
 use super::{
-    Sources, Start, Window, random_name,
+    Reached, Sources, Start, Window, random_name,
     segment_stream::{Settings, Target},
 };
 use crate::{
@@ -54,19 +54,30 @@ pub struct ReaderBuilder {
     parts: Parts,
     topic: String,
     from: Position,
+    compacted: bool,
     segments: Option<Vec<u32>>,
     window: Window,
 }
 
 impl ReaderBuilder {
     pub(crate) fn new(parts: Parts, topic: String) -> Self {
-        Self { parts, topic, from: Position::default(), segments: None, window: Window::default() }
+        let (from, window) = (Position::default(), Window::default());
+        Self { parts, topic, from, compacted: false, segments: None, window }
     }
 
     /// Where reading begins. Default: with the oldest message kept.
     #[must_use]
     pub fn from(mut self, from: Position) -> Self {
         self.from = from;
+        self
+    }
+
+    /// Below the compaction horizon of a segment, reads only the latest message of each key, and everything from there on.
+    /// A key whose latest message there is empty, and messages without a key, are left out. A topic that was never compacted
+    /// is read as a whole.
+    #[must_use]
+    pub fn compacted(mut self) -> Self {
+        self.compacted = true;
         self
     }
 
@@ -92,9 +103,10 @@ impl ReaderBuilder {
     pub async fn build(self) -> Result<Reader, Error> {
         let settings = Settings {
             topic: topic_name(&self.topic)?,
-            target: Target::Reader(self.from.on_the_wire()),
+            target: Target::Reader { from: self.from.on_the_wire(), compacted: self.compacted },
             name: random_name(&self.parts)?,
             window: self.window,
+            heartbeat: self.parts.heartbeat,
             open_by: Instant::now() + self.parts.open_timeout,
         };
         Ok(Reader(Sources::open(self.parts, settings, false, self.segments).await?))
@@ -102,7 +114,8 @@ impl ReaderBuilder {
 }
 
 /// A stream of the messages of a topic, each once and in the order of its segment, over breaks too. It does not end by
-/// itself: behind the newest message it waits for the next one.
+/// itself: behind the newest message it waits for the next one. One of a compacted topic may get, after a break, the latest
+/// message of a key where it would have got several.
 #[derive(Debug)]
 pub struct Reader(Sources);
 
@@ -117,6 +130,24 @@ impl Reader {
     #[must_use]
     pub fn segments(&self) -> Vec<u32> {
         self.0.sources.keys().copied().collect()
+    }
+
+    /// Messages below this offset of the segment came from its compacted view; 0: none did.
+    #[must_use]
+    pub fn compacted_to(&self, segment: u32) -> u64 {
+        self.0.sources.get(&segment).map_or(0, |source| source.desk.compacted_to())
+    }
+
+    /// Asks the server how far it has read a segment.
+    pub(crate) fn ask_reached(&self, segment: u32) {
+        if let Some(source) = self.0.sources.get(&segment) {
+            source.desk.ask_reached();
+        }
+    }
+
+    /// How far this reader has come in a segment.
+    pub(crate) fn reached(&self, segment: u32) -> Reached {
+        self.0.sources.get(&segment).map_or(Reached::Unknown, |source| source.desk.reached())
     }
 }
 

@@ -3,27 +3,25 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures::future::BoxFuture;
 use geminga_proto::{
     names::{ConsumerName, SubscriptionName, TopicName},
     reason::{Reason, Retry},
     v1::{
-        Assigned, ConsumeFrame, ConsumeOpened, ConsumeReply, Credit, Delivery, OpenConsume, Ping,
-        ReadFrom, Revoked, SubscriptionSettings, SubscriptionStart, SubscriptionType,
-        consume_frame::Frame, consume_reply::Reply, read_from,
+        Assigned, ConsumeReply, Delivery, GoAway, OpenConsume, ReadFrom, Revoked,
+        SubscriptionSettings, SubscriptionStart, SubscriptionType, consume_frame::Frame,
+        consume_reply::Reply, read_from,
     },
 };
 use geminga_runtime::random::Random;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::oneshot,
     time::{Instant, sleep_until, timeout_at},
 };
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 
 use super::{
     Window,
     desk::Desk,
+    line::{self, Line, OpenLine, Opened, open_stream},
     settles::{Settles, millis},
     source::ranges_of,
     unseen::Unseen,
@@ -32,6 +30,7 @@ use crate::{
     backoff::Backoff,
     connection::{Connections, Way},
     error::Error,
+    heartbeat::Interval,
     layout::LayoutWatch,
 };
 
@@ -41,19 +40,13 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
 const EXISTING_CONSUMER_WAIT: Duration = Duration::from_secs(2);
 /// How long accepts may wait for others while a settle is in flight.
 const SETTLE_LINGER: Duration = Duration::from_millis(3);
-/// Frames handed to the connection and not yet taken by it.
-const OUTGOING_FRAMES_MAX: usize = 64;
-/// After so long without a word the server is asked for one, and the credit is told again.
-const PING_AFTER: Duration = Duration::from_secs(15);
-/// A stream on which nothing comes for so long, though it was asked for, is given up.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// A stream that stood for so long was a good one: the next one is opened as if nothing had failed before.
+const GOOD_AFTER: Duration = Duration::from_secs(10);
 /// Accepts that time out are looked for this often.
 const SWEEP: Duration = Duration::from_secs(5);
 
 /// Streams are numbered in so many bits; a number is only ever compared with its neighbours.
 const STREAM_MASK: u64 = (1 << 24) - 1;
-/// Time for the server to end a stream that was closed cleanly: it has then heard all of it.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Ranges claimed after a break; the others are delivered again. Bounds the open frame.
 const CLAIMED_RANGES_MAX: usize = 100_000;
 
@@ -67,8 +60,8 @@ pub(super) enum Target {
         /// Leases of handed out messages are extended for so long.
         processing_time_max: Duration,
     },
-    /// A segment without a cursor.
-    Reader(ReadFrom),
+    /// A segment without a cursor; `compacted`: below its horizon only the latest message of each key.
+    Reader { from: ReadFrom, compacted: bool },
 }
 
 /// What every segment's stream of a consumer has in common.
@@ -78,6 +71,7 @@ pub(super) struct Settings {
     pub(super) target: Target,
     pub(super) name: ConsumerName,
     pub(super) window: Window,
+    pub(super) heartbeat: Interval,
     pub(super) open_by: Instant,
 }
 
@@ -122,65 +116,11 @@ pub(super) struct SegmentStream {
     closing: bool,
 }
 
-enum Line {
-    Waiting {
-        until: Instant,
-    },
-    /// Our side is closed, and everything is answered: the server ends it.
-    Closing {
-        replies: Box<Streaming<ConsumeReply>>,
-        until: Instant,
-    },
-    Opening(BoxFuture<'static, Result<Opened, Error>>),
-    Open(Box<OpenLine>),
-    Ended,
-}
-
-struct Opened {
-    frames: mpsc::Sender<ConsumeFrame>,
-    replies: Streaming<ConsumeReply>,
-    answer: ConsumeOpened,
-}
-
-struct OpenLine {
-    frames: mpsc::Sender<ConsumeFrame>,
-    replies: Streaming<ConsumeReply>,
-    granted_messages: u64,
-    granted_bytes: u64,
-    used_messages: u64,
-    used_bytes: u64,
-    leave_by: Option<Instant>,
-    heard_at: Instant,
-    pinged: bool,
-    /// Of the last assignment.
-    assigned: u64,
-}
-
+#[expect(clippy::large_enum_variant, reason = "one at a time, on the stack")]
 enum Event {
-    Retry,
-    Opened(Result<Opened, Error>),
-    Reply(Result<Option<ConsumeReply>, Error>),
-    Closed,
+    Line(line::Event),
     Desk,
     Timer,
-}
-
-impl Line {
-    async fn next(&mut self) -> Event {
-        match self {
-            Self::Ended => std::future::pending().await,
-            Self::Waiting { until } => {
-                sleep_until(*until).await;
-                Event::Retry
-            }
-            Self::Closing { replies, until } => {
-                while let Ok(Ok(Some(_))) = timeout_at(*until, replies.message()).await {}
-                Event::Closed
-            }
-            Self::Opening(opening) => Event::Opened(opening.await),
-            Self::Open(line) => Event::Reply(line.replies.message().await.map_err(Error::from)),
-        }
-    }
 }
 
 impl SegmentStream {
@@ -224,21 +164,13 @@ impl SegmentStream {
             let timer = self.timer();
             let event = tokio::select! {
                 biased;
-                event = self.line.next() => event,
+                event = self.line.next() => Event::Line(event),
                 () = desk.changed() => Event::Desk,
                 () = sleep_until(timer) => Event::Timer,
             };
             let now = Instant::now();
             match event {
-                Event::Retry => self.open(now),
-                Event::Opened(Ok(opened)) => self.on_opened(opened, now),
-                Event::Opened(Err(error)) => self.on_broken(error, now),
-                Event::Reply(Ok(Some(reply))) => self.on_reply(reply, now),
-                Event::Reply(Ok(None)) => {
-                    self.on_broken(Error::Unavailable("the server ended the stream".into()), now);
-                }
-                Event::Reply(Err(error)) => self.on_broken(error, now),
-                Event::Closed => self.line = Line::Ended,
+                Event::Line(event) => self.on_line(event, now),
                 Event::Desk => self.look(now),
                 Event::Timer => self.on_timer(now),
             }
@@ -258,17 +190,45 @@ impl SegmentStream {
         }
     }
 
-    /// Everything that was asked is answered: what is still held goes back uncounted, as the server hears the end.
-    fn close(&mut self, now: Instant) {
-        self.line = match std::mem::replace(&mut self.line, Line::Ended) {
-            Line::Open(line) => {
-                let OpenLine { replies, frames, .. } = *line;
-                drop(frames);
-                Line::Closing { replies: Box::new(replies), until: now + CLOSE_TIMEOUT }
+    fn on_line(&mut self, event: line::Event, now: Instant) {
+        match event {
+            line::Event::Retry => self.open(now),
+            line::Event::Opened(Ok(opened)) => self.on_opened(opened, now),
+            line::Event::Reply(Ok(Some(reply))) => self.on_reply(reply, now),
+            line::Event::Reply(Ok(None)) if self.is_to_leave() => self.move_on(now),
+            line::Event::Reply(Ok(None)) => {
+                self.on_broken(Error::Unavailable("the server ended the stream".into()), now);
             }
+            line::Event::Opened(Err(error)) | line::Event::Reply(Err(error)) => {
+                self.on_broken(error, now);
+            }
+            line::Event::Closed => self.line = Line::Ended,
+        }
+    }
+
+    /// Everything that was asked is answered: what is still held goes back uncounted, as the server hears that we leave.
+    fn close(&mut self, now: Instant) {
+        let leaves = matches!(self.settings.target, Target::Subscription { .. });
+        self.line = match std::mem::replace(&mut self.line, Line::Ended) {
+            Line::Open(line) => Line::Closing(line.close(leaves, now)),
             closing @ Line::Closing { .. } => closing,
             _ => Line::Ended,
         };
+    }
+
+    /// Whether the server asked us to leave the present stream.
+    fn is_to_leave(&self) -> bool {
+        matches!(&self.line, Line::Open(line) if line.leave_by.is_some())
+    }
+
+    /// Leaves the present stream for a new one, where the server wants it: no fault of anybody.
+    fn move_on(&mut self, now: Instant) {
+        if let Line::Open(line) = &self.line
+            && now >= line.opened_at() + GOOD_AFTER
+        {
+            self.backoff.reset();
+        }
+        self.line = Line::Waiting { until: now + self.backoff.pause(None) };
     }
 
     /// The present stream counts for nothing from here on. What the application has not seen comes again.
@@ -278,7 +238,7 @@ impl SegmentStream {
         let last = self.unseen.on_seen(seen).last().map(|range| range.1);
         let unseen = self.unseen.end();
         let next = unseen.first().map(|range| range.0);
-        if let (Target::Reader(from), Some(next)) =
+        if let (Target::Reader { from, .. }, Some(next)) =
             (&mut self.settings.target, next.or(last.map(|last| last.saturating_add(1))))
         {
             from.from = Some(read_from::From::Offset(next));
@@ -298,6 +258,7 @@ impl SegmentStream {
             layout_epoch: known.table.epoch,
             consumer_name: settings.name.to_string(),
             route: route.into(),
+            heartbeat_ms: settings.heartbeat.on_the_wire(),
             ..Default::default()
         };
         match &settings.target {
@@ -307,7 +268,10 @@ impl SegmentStream {
                 open.settings = settings.clone();
                 open.claims = self.settles.claims(CLAIMED_RANGES_MAX);
             }
-            Target::Reader(from) => open.reader = Some(*from),
+            Target::Reader { from, compacted } => {
+                open.reader = Some(*from);
+                open.compacted = *compacted;
+            }
         }
         // The builder waits for the first one, and no longer than it was told.
         let limit = now + OPEN_TIMEOUT;
@@ -321,7 +285,7 @@ impl SegmentStream {
     }
 
     fn on_opened(&mut self, opened: Opened, now: Instant) {
-        let Opened { frames, replies, answer } = opened;
+        let answer = &opened.answer;
         tracing::debug!(
             topic = %self.settings.topic, segment = self.segment, next = answer.mark_delete_next,
             "consume stream open"
@@ -329,30 +293,19 @@ impl SegmentStream {
         if let Err(words) = self.settles.on_opened(answer.mark_delete_next, &answer.granted, now) {
             return self.give_up(Error::refused(Reason::UnexpectedFrame, words));
         }
-        if let Target::Reader(from) = &mut self.settings.target
+        if let Target::Reader { from, .. } = &mut self.settings.target
             && answer.mark_delete_next > 0
             && !matches!(from.from, Some(read_from::From::Offset(_)))
         {
             // Where the server began: a break does not begin at another place.
             from.from = Some(read_from::From::Offset(answer.mark_delete_next));
         }
-        let settings = answer.settings.unwrap_or_default();
+        let settings = answer.settings.clone().unwrap_or_default();
         self.desk.set_active(settings.r#type() != SubscriptionType::Failover);
         self.desk.set_settings(settings);
-        let mut line = OpenLine {
-            frames,
-            replies,
-            granted_messages: 0,
-            granted_bytes: 0,
-            used_messages: 0,
-            used_bytes: 0,
-            leave_by: None,
-            heard_at: now,
-            pinged: false,
-            assigned: 0,
-        };
-        line.grant(&self.settings, 0, 0);
-        self.line = Line::Open(Box::new(line));
+        self.desk.set_compacted_to(answer.compacted_to);
+        let Settings { window, heartbeat, .. } = self.settings;
+        self.line = Line::Open(Box::new(OpenLine::new(opened, window, heartbeat, now)));
         self.hold_until = None;
         if let Some(ready) = self.ready.take() {
             let _ = ready.send(Ok(())); // the builder may have given up
@@ -361,8 +314,7 @@ impl SegmentStream {
 
     fn on_reply(&mut self, reply: ConsumeReply, now: Instant) {
         if let Line::Open(line) = &mut self.line {
-            line.heard_at = now;
-            line.pinged = false;
+            line.on_heard(now);
         }
         match reply.reply {
             Some(Reply::Delivery(delivery)) => self.on_delivery(delivery, now),
@@ -378,16 +330,30 @@ impl SegmentStream {
                     self.hold_until = Some(now + self.backoff.pause(None));
                 }
             }
-            Some(Reply::GoAway(go_away)) => {
-                if let Line::Open(line) = &mut self.line {
-                    line.leave_by =
-                        Some(now + Duration::from_millis(u64::from(go_away.drain_by_ms)));
-                }
-                self.way.on_go_away(go_away);
-            }
+            Some(Reply::GoAway(go_away)) => self.on_go_away(go_away, now),
             Some(Reply::Assigned(assigned)) => self.on_assigned(assigned),
             Some(Reply::Revoked(revoked)) => self.on_revoked(&revoked, now),
-            Some(Reply::Opened(_) | Reply::Pong(_)) | None => {}
+            Some(Reply::ReaderAt(at)) => {
+                if let Line::Open(line) = &mut self.line {
+                    line.reader_at = Some(at.next_offset);
+                }
+            }
+            Some(Reply::Pong(_)) => self.on_pong(),
+            Some(Reply::Opened(_)) | None => {}
+        }
+    }
+
+    fn on_go_away(&mut self, go_away: GoAway, now: Instant) {
+        if let Line::Open(line) = &mut self.line {
+            line.leave_by = Some(now + Duration::from_millis(u64::from(go_away.drain_by_ms)));
+        }
+        self.way.on_go_away(go_away);
+    }
+
+    /// Everything that the server sent before it is here: what a reader was told of its place is true of what it delivered.
+    fn on_pong(&mut self) {
+        if let (Line::Open(line), Target::Reader { .. }) = (&mut self.line, &self.settings.target) {
+            self.desk.set_reached(self.unseen.delivered(), line.reader_at.take());
         }
     }
 
@@ -416,11 +382,7 @@ impl SegmentStream {
         };
         let messages = ranges.iter().map(|(first, last)| last - first + 1).sum::<u64>();
         let bytes = delivery.payload.len() as u64;
-        // Bytes may run over by the rest of one batch: a batch cannot be cut. So what waits is bounded.
-        let spent = line.used_bytes >= line.granted_bytes;
-        line.used_messages += messages;
-        line.used_bytes += bytes;
-        if spent || line.used_messages > line.granted_messages {
+        if !line.uses(messages, bytes) {
             let error = Error::refused(
                 Reason::CreditExceeded,
                 "the server delivered more than was granted",
@@ -432,7 +394,7 @@ impl SegmentStream {
             return; // given back with the end of the stream
         }
         let key = match &self.settings.target {
-            Target::Reader(_) => 0,
+            Target::Reader { .. } => 0,
             Target::Subscription { .. } => {
                 let lease = millis(delivery.lease_ms);
                 self.settles.on_delivered(&ranges, &delivery.handle, lease, now)
@@ -470,9 +432,9 @@ impl SegmentStream {
             return;
         };
         self.lease_at = Some(now + tick);
-        while let Ok(room) = line.frames.try_reserve() {
+        while line.has_room() {
             let Some(settle) = self.settles.renewal(now, tick) else { return };
-            room.send(ConsumeFrame { frame: Some(Frame::Settle(settle)) });
+            line.send(Frame::Settle(settle), now);
         }
     }
 
@@ -486,7 +448,10 @@ impl SegmentStream {
         }
         self.closing |= seen.closing;
         if let Line::Open(line) = &mut self.line {
-            line.grant(&self.settings, seen.taken_messages, seen.taken_bytes);
+            line.grant(seen.taken_messages, seen.taken_bytes, now);
+            if seen.asks_reached {
+                line.ping(now);
+            }
         }
     }
 
@@ -504,9 +469,9 @@ impl SegmentStream {
             return;
         }
         self.settle_at = None;
-        while let Ok(room) = line.frames.try_reserve() {
+        while line.has_room() {
             let Some(settle) = self.settles.frame() else { return };
-            room.send(ConsumeFrame { frame: Some(Frame::Settle(settle)) });
+            line.send(Frame::Settle(settle), now);
         }
         self.settle_at = Some(now + SETTLE_LINGER); // the connection takes no more now
     }
@@ -532,12 +497,9 @@ impl SegmentStream {
         self.look(now);
         let Line::Open(line) = &mut self.line else { return };
         if line.leave_by.is_some_and(|by| now >= by) {
-            self.line = Line::Waiting { until: now + self.backoff.pause(None) };
-        } else if now >= line.quiet_until() {
-            if line.pinged {
-                return self.on_broken(Error::Unavailable("the server is silent".into()), now);
-            }
-            line.ask_for_a_word();
+            self.move_on(now);
+        } else if !line.look_alive(now) {
+            self.on_broken(Error::Unavailable("the server is silent".into()), now);
         }
     }
 
@@ -567,59 +529,5 @@ impl SegmentStream {
             Some(ready) => drop(ready.send(Err(error))),
             None => self.desk.fail(error),
         }
-    }
-}
-
-impl OpenLine {
-    /// Grants what was handed out again, once that is half the window.
-    fn grant(&mut self, settings: &Settings, taken_messages: u64, taken_bytes: u64) {
-        let messages = taken_messages + settings.window.messages;
-        let bytes = taken_bytes + settings.window.bytes;
-        let enough = messages >= self.granted_messages + settings.window.messages.div_ceil(2)
-            || bytes >= self.granted_bytes + settings.window.bytes.div_ceil(2);
-        if !enough || self.leave_by.is_some() {
-            return;
-        }
-        let credit = ConsumeFrame { frame: Some(Frame::Credit(Credit { messages, bytes })) };
-        if self.frames.try_send(credit).is_ok() {
-            self.granted_messages = messages;
-            self.granted_bytes = bytes;
-        }
-    }
-
-    /// When silence is to be noticed: first by asking, then by giving up.
-    fn quiet_until(&self) -> Instant {
-        self.heard_at + if self.pinged { SILENCE_MAX } else { PING_AFTER }
-    }
-
-    /// Tells the credit again, which leaks nothing and heals a lost frame, and asks for a sign of life.
-    fn ask_for_a_word(&mut self) {
-        self.pinged = true;
-        let credit = Credit { messages: self.granted_messages, bytes: self.granted_bytes };
-        for frame in [Frame::Credit(credit), Frame::Ping(Ping { token: 0 })] {
-            let _ = self.frames.try_send(ConsumeFrame { frame: Some(frame) }); // full: the server does not read, as noticed
-        }
-    }
-}
-
-async fn open_stream(
-    connections: Connections,
-    owner: Option<String>,
-    open: OpenConsume,
-) -> Result<Opened, Error> {
-    let (frames, outgoing) = mpsc::channel(OUTGOING_FRAMES_MAX);
-    let first = ConsumeFrame { frame: Some(Frame::Open(open)) };
-    frames.try_send(first).expect("a new queue has room");
-    let mut client = connections.subscriber(owner.as_deref());
-    let mut replies = client.consume(ReceiverStream::new(outgoing)).await?.into_inner();
-    match replies.message().await?.and_then(|reply| reply.reply) {
-        Some(Reply::Opened(answer)) => Ok(Opened { frames, replies, answer }),
-        Some(Reply::GoAway(_) | Reply::Assigned(_) | Reply::Revoked(_)) | None => {
-            Err(Error::Unavailable("the server ended the stream".into()))
-        }
-        Some(_) => Err(Error::refused(
-            Reason::UnexpectedFrame,
-            "the server answered the open with something else",
-        )),
     }
 }

@@ -1,9 +1,12 @@
 //! What the application asked for its messages (accept, release, reject, extend) and the server has not answered. Pure.
 //!
 //! A settle is presented with the handle under which its message is held *now* ([`Holds`]). When a stream breaks, what was
-//! asked waits; the next stream says which messages are still ours, and under which handles. What it does not grant is
-//! held no more: an accept of it is presented once more under its old handle, since the server answers one that it took
-//! before the break with success; everything else ends with [`Error::NotHeld`].
+//! asked waits, and so does what the application has not seen: it is claimed like the rest and given back uncounted, so that
+//! a break is no attempt of a message that nobody worked on. The next stream says which messages are still ours, and under which handles. What it grants had no effect
+//! before the break. What it does not grant is held no more: an accept of it is presented once more under its old handle,
+//! since the server answers one that it took before the break with success; everything else ends with [`Error::NotHeld`], or
+//! with [`Error::Indeterminate`] if it was on its way in the break. So does an accept that the server does not know: a new
+//! owner knows what is settled, but not by whom, and refuses the handle of either case.
 //!
 //! ```text
 //! request -> waiting -> frame (token) -> settled: answered, held no more
@@ -27,6 +30,9 @@ use super::{
 };
 use crate::error::Error;
 
+/// A wish of nobody's has no deadline.
+const NEVER: Duration = Duration::from_secs(30 * 24 * 3600);
+
 /// All wishes of one segment that are not answered, and what is held there.
 #[derive(Debug, Default)]
 pub(crate) struct Settles {
@@ -36,6 +42,8 @@ pub(crate) struct Settles {
     ups: Table,
     extends: Table,
     mark_delete_next: u64,
+    /// Delivered on streams that broke, and not seen by the application: given back once it is granted.
+    unseen: Vec<(u64, u64)>,
     /// The highest offset delivered on the present stream, plus one: below, a delivery is another one of its message.
     frontier: u64,
     fresh: Option<(u64, Bytes)>,
@@ -118,12 +126,10 @@ impl Settles {
         }
     }
 
-    /// The stream is left, or broke. What it had delivered and the application has not seen is held no more; what is left
-    /// can be claimed on the next one.
+    /// The stream is left, or broke. What it had delivered can be claimed on the next one; of that, the application has not
+    /// seen `unseen` and will not see it.
     pub(crate) fn on_broken(&mut self, unseen: &[(u64, u64)]) {
-        for (first, last) in unseen {
-            self.holds.take(*first, *last, |_| true);
-        }
+        self.unseen.extend(unseen);
         self.tokens.clear();
         for table in [&mut self.ends, &mut self.ups, &mut self.extends] {
             for (offset, entry) in &mut table.entries {
@@ -148,6 +154,7 @@ impl Settles {
     /// The server knows none of what was claimed: it is another subscription of the same name.
     pub(crate) fn disown(&mut self) {
         self.holds.clear();
+        self.unseen.clear();
     }
 
     /// A stream is open; everything below `mark_delete_next` is settled, and of what was claimed this is granted.
@@ -170,6 +177,7 @@ impl Settles {
             for (offset, entry) in &mut table.entries {
                 if let Some(run) = holds.get(*offset).filter(|run| run.key == entry.key) {
                     entry.handle = run.handle.clone();
+                    entry.uncertain = false; // it is still held: what was asked before had no effect
                 }
             }
             let gone = table.extract(|offset, entry| {
@@ -179,7 +187,31 @@ impl Settles {
                 entry.not_held();
             }
         }
+        self.give_back_unseen(now);
         Ok(())
+    }
+
+    /// What nobody has seen is released, uncounted: it comes again, to anybody.
+    fn give_back_unseen(&mut self, now: Instant) {
+        for (first, last) in std::mem::take(&mut self.unseen) {
+            for (offset, run) in self.holds.each(first, last) {
+                let entry = Entry {
+                    ask: Ask::Release { delay_ms: None, counts: false },
+                    key: run.key,
+                    handle: run.handle.clone(),
+                    sent: None,
+                    uncertain: false,
+                    together_max: usize::MAX,
+                    deadline: now + NEVER,
+                    waiters: Vec::new(),
+                };
+                if let Some(earlier) = self.ends.remove(offset) {
+                    earlier.not_held(); // of a delivery before the one that is given back
+                }
+                self.ends.entries.insert(offset, entry);
+                self.ends.waiting.insert(offset);
+            }
+        }
     }
 
     /// The server delivered this; returns the key of the delivery. Everything of it is handed out: what was asked for an
@@ -211,10 +243,16 @@ impl Settles {
         key
     }
 
-    /// A release that is on its way has had its effect, whatever comes first: its answer or the next delivery.
+    /// A release that is on its way has had its effect, whatever comes first: its answer or the next delivery. An accept of an
+    /// earlier delivery, whose answer got lost, had none: what is settled does not come again.
     fn on_delivered_again(&mut self, (first, last): (u64, u64)) {
-        let released =
-            |entry: &Entry| matches!(entry.ask, Ask::Release { .. }) && entry.sent.is_some();
+        for (_, entry) in self.ends.entries.range_mut(first..=last) {
+            entry.uncertain &= entry.ask != Ask::Accept;
+        }
+        let released = |entry: &Entry| {
+            let asked = entry.sent.is_some() || entry.waiters.is_empty();
+            matches!(entry.ask, Ask::Release { .. }) && asked
+        };
         let inside = self.ends.entries.range(first..=last);
         let done: Vec<u64> =
             inside.filter(|(_, entry)| released(entry)).map(|(offset, _)| *offset).collect();
@@ -323,8 +361,11 @@ impl Settles {
         let again = error.retry() != Retry::Never;
         let not_held = error.reason() == Some(Reason::InvalidHandle);
         let offsets = self.table(kind).in_frame(token, &ranges);
-        if again || (not_held && kind != Kind::Up && offsets.len() > 1) {
-            let half = if again { usize::MAX } else { offsets.len().div_ceil(2) };
+        // Of those that were in it some may be answered by now: it could be one of them that it was refused for.
+        let named =
+            ranges.iter().map(|range| (range.last - range.first).saturating_add(1)).sum::<u64>();
+        if again || (not_held && kind != Kind::Up && named > 1) {
+            let half = if again { usize::MAX } else { offsets.len().div_ceil(2).max(1) };
             let table = self.table(kind);
             for offset in offsets {
                 if let Some(entry) = table.entries.get_mut(&offset) {
@@ -397,9 +438,10 @@ impl Settles {
         }
     }
 
-    /// Whether everything that was asked is answered.
+    /// Whether everything that was asked is answered. What is given back unseen was asked by nobody: who leaves gives it back.
     pub(crate) fn is_empty(&self) -> bool {
-        [&self.ends, &self.ups, &self.extends].iter().all(|table| table.entries.is_empty())
+        let tables = [&self.ends, &self.ups, &self.extends];
+        tables.iter().flat_map(|table| table.entries.values()).all(|entry| entry.waiters.is_empty())
     }
 
     /// Frames of the application's wishes sent and not answered.

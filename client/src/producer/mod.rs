@@ -2,11 +2,14 @@
 //!
 //! ```text
 //! send: size? -> bytes of the budget -> segment by the watched layout -> queue of the segment's task
-//! segment_stream.rs: the task; batcher.rs cuts batches; chain.rs keeps their sequences over refusals and breaks
+//! segment_stream.rs: the task; batcher.rs cuts batches; chain.rs keeps their sequences over refusals and breaks;
+//! content.rs: a sealed batch; line.rs: the stream, its credit and heartbeat
 //! ```
 
 mod batcher;
 mod chain;
+mod content;
+mod line;
 mod segment_stream;
 
 use std::{
@@ -221,6 +224,7 @@ impl ProducerBuilder {
                 message_timeout: self.message_timeout,
                 first_stream,
                 access: self.access.on_the_wire(),
+                heartbeat: parts.heartbeat,
             },
             trace_ratio: self.trace_ratio,
             topic,

@@ -4,49 +4,38 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
 use geminga_proto::{
     names::{ProducerName, TopicName},
     reason::{Reason, Retry},
-    v1::{
-        self, AccessMode, BatchRefused, Codec, DurabilityLevel, OpenPublish, PayloadFormat,
-        PublishFrame, PublishOpened, PublishReply, RecordIndex, publish_frame::Frame,
-        publish_reply::Reply,
-    },
+    v1::{AccessMode, BatchRefused, GoAway, OpenPublish, PublishReply, publish_reply::Reply},
 };
-use geminga_runtime::{random::Random, telemetry::TraceContext};
+use geminga_runtime::random::Random;
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until},
 };
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Streaming;
 
 use super::{
-    batcher::{Asks, Batcher, Batching, Cut, Queued, Waiters},
-    chain::{Chain, Link, Placed, Refusal},
+    batcher::{Batcher, Batching, Queued},
+    chain::{Chain, Refusal},
+    content::{self, Content, fail, fail_link, frame},
+    line::{self, Line, OpenLine, Opened, open_stream},
 };
 use crate::{
     backoff::Backoff,
-    codec::{Compression, compress},
+    codec::Compression,
     connection::{Connections, Way},
     error::{Error, because},
+    heartbeat::Interval,
     layout::LayoutWatch,
-    message::{Level, MessageId, Receipt},
 };
 
-/// Time for a stream to be opened; the server may have to load the segment first.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
-/// A stream that owes us answers or credit and says nothing for this long is given up.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
-/// No producer comes here by counting messages.
-const SEQUENCE_END: u64 = 1 << 62;
-/// Frames handed to the connection and not yet taken by it.
-const OUTGOING_FRAMES_MAX: usize = 16;
 /// Full batches that wait in the batcher; past that the queue of messages is not read.
 const FULL_BATCHES_MAX: usize = 16;
 /// Commands taken in one turn of the loop.
 const COMMANDS_MAX: usize = 256;
+/// A stream that stood for so long was a good one: the next one is opened as if nothing had failed before.
+const GOOD_AFTER: Duration = Duration::from_secs(10);
 
 /// What every segment's stream of a producer has in common.
 #[derive(Clone, Debug)]
@@ -57,6 +46,7 @@ pub(super) struct Settings {
     pub(super) message_timeout: Duration,
     pub(super) first_stream: u64,
     pub(super) access: AccessMode,
+    pub(super) heartbeat: Interval,
 }
 
 /// What the producer's handles ask for, in order.
@@ -67,19 +57,6 @@ pub(super) enum Command {
     Flush(oneshot::Sender<()>),
     /// As flush; then the task ends.
     Close(oneshot::Sender<()>),
-}
-
-/// A sealed batch.
-struct Content {
-    codec: Codec,
-    payload: Bytes,
-    uncompressed: u32,
-    index: RecordIndex,
-    /// The first message's place among all of this stream.
-    number: u64,
-    asks: Asks,
-    waiters: Waiters,
-    trace: Option<TraceContext>,
 }
 
 pub(super) struct SegmentStream {
@@ -110,75 +87,11 @@ pub(super) struct SegmentStream {
     fenced: Option<Error>,
 }
 
-/// The state of the connection.
-enum Line {
-    Idle,
-    Waiting { until: Instant },
-    Opening(BoxFuture<'static, Result<Box<Opened>, Error>>),
-    Open(Box<OpenLine>),
-}
-
-struct Opened {
-    frames: mpsc::Sender<PublishFrame>,
-    replies: Streaming<PublishReply>,
-    answer: PublishOpened,
-}
-
-struct OpenLine {
-    frames: mpsc::Sender<PublishFrame>,
-    replies: Streaming<PublishReply>,
-    granted_batches: u64,
-    granted_bytes: u64,
-    sent_batches: u64,
-    sent_bytes: u64,
-    /// The server asked us to leave by then.
-    leave_by: Option<Instant>,
-    /// Since when it owes us something and says nothing.
-    silent_since: Option<Instant>,
-}
-
 enum Event {
-    Retry,
-    Opened(Result<Box<Opened>, Error>),
-    Reply(Result<Option<PublishReply>, Error>),
-    /// The connection takes frames again.
-    Room,
+    Line(line::Event),
     Commands,
     HandlesGone,
     Timer,
-}
-
-impl Line {
-    /// The next thing that the connection does; never, while idle. `wants_room`: frames wait to be sent.
-    async fn next(&mut self, wants_room: bool) -> Event {
-        match self {
-            Self::Idle => std::future::pending().await,
-            Self::Waiting { until } => {
-                sleep_until(*until).await;
-                Event::Retry
-            }
-            Self::Opening(opening) => Event::Opened(opening.await),
-            Self::Open(line) => tokio::select! {
-                biased;
-                reply = line.replies.message() => Event::Reply(reply.map_err(Error::from)),
-                room = line.frames.reserve(), if wants_room => match room {
-                    Ok(_) => Event::Room,
-                    // The connection takes no more frames; why is what the server says last.
-                    Err(_) => Event::Reply(line.replies.message().await.map_err(Error::from)),
-                },
-            },
-        }
-    }
-}
-
-impl OpenLine {
-    /// Whether a batch may be sent. It may begin while some byte credit is left, whatever its size: a batch cannot be cut,
-    /// and one that is larger than what is ever granted at once must not wait for ever.
-    fn takes(&self) -> bool {
-        self.leave_by.is_none()
-            && self.sent_batches < self.granted_batches
-            && self.sent_bytes < self.granted_bytes
-    }
 }
 
 impl SegmentStream {
@@ -223,7 +136,7 @@ impl SegmentStream {
             let listens = !self.closing && self.batcher.full() < FULL_BATCHES_MAX;
             let event = tokio::select! {
                 biased;
-                event = self.line.next(wants_room) => event,
+                event = self.line.next(wants_room) => Event::Line(event),
                 taken = self.inbox.recv_many(&mut commands, COMMANDS_MAX), if listens => {
                     if taken == 0 { Event::HandlesGone } else { Event::Commands }
                 }
@@ -253,26 +166,34 @@ impl SegmentStream {
 
     fn apply(&mut self, event: Event, commands: &mut Vec<Command>, now: Instant) {
         match event {
-            Event::Retry => self.line = Line::Idle, // connect() opens it if there is work
-            Event::Opened(Ok(opened)) => self.on_opened(*opened),
-            Event::Opened(Err(error)) => {
-                // It may have been granted all the same: then our own later epoch must not count as somebody else's.
-                let refused = error.reason().is_some() && error.retry() == Retry::Safe;
-                self.held_epoch = self.held_epoch.filter(|_| refused);
-                self.on_broken(error, now);
-            }
-            Event::Reply(Ok(Some(reply))) => self.on_reply(reply, now),
-            Event::Reply(Ok(None)) => {
-                self.on_broken(Error::Unavailable("the server ended the stream".into()), now)
-            }
-            Event::Reply(Err(error)) => self.on_broken(error, now),
+            Event::Line(event) => self.on_line(event, now),
             Event::Commands => {
                 for command in commands.drain(..) {
                     self.on_command(command, now);
                 }
             }
             Event::HandlesGone => self.closing = true,
-            Event::Room | Event::Timer => {}
+            Event::Timer => {}
+        }
+    }
+
+    fn on_line(&mut self, event: line::Event, now: Instant) {
+        match event {
+            line::Event::Retry => self.line = Line::Idle, // connect() opens it if there is work
+            line::Event::Opened(Ok(opened)) => self.on_opened(*opened, now),
+            line::Event::Opened(Err(error)) => {
+                // It may have been granted all the same: then our own later epoch must not count as somebody else's.
+                let refused = error.reason().is_some() && error.retry() == Retry::Safe;
+                self.held_epoch = self.held_epoch.filter(|_| refused);
+                self.on_broken(error, now);
+            }
+            line::Event::Reply(Ok(Some(reply))) => self.on_reply(reply, now),
+            line::Event::Reply(Ok(None)) => match &self.line {
+                Line::Open(line) if line.is_to_leave() => self.move_on(now),
+                _ => self.on_broken(Error::Unavailable("the server ended the stream".into()), now),
+            },
+            line::Event::Reply(Err(error)) => self.on_broken(error, now),
+            line::Event::Room => {}
         }
     }
 
@@ -290,53 +211,46 @@ impl SegmentStream {
         }
     }
 
-    fn on_opened(&mut self, opened: Opened) {
-        let Opened { frames, replies, answer } = opened;
+    fn on_opened(&mut self, opened: Opened, now: Instant) {
+        let answer = &opened.answer;
         tracing::debug!(
             topic = %self.topic, segment = self.segment, producer = answer.producer_name,
             persisted = answer.last_persisted_sequence, "publish stream open"
         );
         for stored in self.chain.on_opened(answer.last_persisted_sequence) {
             // Stored before the break; where exactly was in the receipt that got lost.
-            self.settle(stored, None);
+            self.trouble = None;
+            stored.content.stored(self.segment, None);
         }
-        self.resume_token = answer.resume_token;
+        self.resume_token = answer.resume_token.clone();
         self.held_epoch = Some(answer.producer_epoch).filter(|epoch| *epoch > 0);
-        self.line = Line::Open(Box::new(OpenLine {
-            frames,
-            replies,
-            granted_batches: answer.granted_batches,
-            granted_bytes: answer.granted_bytes,
-            sent_batches: 0,
-            sent_bytes: 0,
-            leave_by: None,
-            silent_since: None,
-        }));
+        self.line = Line::Open(Box::new(OpenLine::new(opened, self.settings.heartbeat, now)));
         self.hold_until = None;
     }
 
     fn on_reply(&mut self, reply: PublishReply, now: Instant) {
         let Line::Open(line) = &mut self.line else { return };
-        line.silent_since = None;
+        line.on_heard(!matches!(reply.reply, Some(Reply::Pong(_)) | None), now);
         match reply.reply {
             Some(Reply::Receipt(receipt)) => {
                 self.backoff.reset();
                 if let Some(link) = self.chain.on_stored(receipt.hi_sequence) {
-                    self.settle(link, Some(&receipt));
+                    self.trouble = None;
+                    link.content.stored(self.segment, Some(&receipt));
                 }
             }
             Some(Reply::Refused(refused)) => self.on_refused(refused, now),
-            Some(Reply::Credit(credit)) => {
-                // Absolute totals: a late frame takes nothing back.
-                line.granted_batches = line.granted_batches.max(credit.granted_batches);
-                line.granted_bytes = line.granted_bytes.max(credit.granted_bytes);
-            }
-            Some(Reply::GoAway(go_away)) => {
-                line.leave_by = Some(now + Duration::from_millis(u64::from(go_away.drain_by_ms)));
-                self.way.on_go_away(go_away);
-            }
+            Some(Reply::Credit(credit)) => line.on_credit(credit),
+            Some(Reply::GoAway(go_away)) => self.on_go_away(go_away, now),
             Some(Reply::Opened(_) | Reply::Pong(_)) | None => {}
         }
+    }
+
+    fn on_go_away(&mut self, go_away: GoAway, now: Instant) {
+        if let Line::Open(line) = &mut self.line {
+            line.on_go_away(go_away.drain_by_ms, now);
+        }
+        self.way.on_go_away(go_away);
     }
 
     fn on_refused(&mut self, refused: BatchRefused, now: Instant) {
@@ -356,6 +270,17 @@ impl SegmentStream {
             self.trouble = Some(error.to_string());
             self.hold_until = Some(now + self.backoff.pause(None));
         }
+    }
+
+    /// Leaves the present stream for a new one, where the server wants it: no fault of anybody.
+    fn move_on(&mut self, now: Instant) {
+        self.chain.on_broken();
+        if let Line::Open(line) = &self.line
+            && now >= line.opened_at() + GOOD_AFTER
+        {
+            self.backoff.reset();
+        }
+        self.line = Line::Waiting { until: now + self.backoff.pause(None) };
     }
 
     /// The stream broke or was not opened.
@@ -395,27 +320,6 @@ impl SegmentStream {
         }
     }
 
-    fn settle(&mut self, link: Link<Content>, receipt: Option<&v1::Receipt>) {
-        self.trouble = None;
-        let base = receipt.map(|receipt| receipt.base_offset).filter(|base| *base != u64::MAX);
-        let answer = Receipt {
-            segment: self.segment,
-            id: None,
-            level: receipt.map_or(Level::Unknown, |receipt| {
-                Level::of(DurabilityLevel::try_from(receipt.level).unwrap_or_default())
-            }),
-            epoch: receipt.map_or(0, |receipt| receipt.epoch),
-            duplicate: receipt.is_none_or(|receipt| receipt.duplicate),
-        };
-        link.content.waiters.answer(|place| {
-            let id = base.map(|base| MessageId {
-                segment: self.segment,
-                offset: base.saturating_add(place),
-            });
-            Ok(Receipt { id, ..answer })
-        });
-    }
-
     fn not_sent(&self) -> Error {
         Error::NotSent { within: self.settings.message_timeout, trouble: self.trouble.clone() }
     }
@@ -430,31 +334,25 @@ impl SegmentStream {
             } else {
                 self.not_sent()
             };
-            fail([link.content.waiters], &error);
+            link.content.fail(&error);
         }
         let unsent = self.batcher.expire(now);
         fail(unsent, &self.not_sent());
-        if let Line::Open(line) = &self.line {
-            let left = line.leave_by.is_some_and(|by| now >= by || self.chain.nothing_in_flight());
-            if line.silent_since.is_some_and(|since| now >= since + SILENCE_MAX) {
-                self.on_broken(
-                    Error::Unavailable("the server owes answers and is silent".into()),
-                    now,
-                );
-            } else if left {
-                self.chain.on_broken();
-                self.line = Line::Waiting { until: now + self.backoff.pause(None) };
-            }
+        let nothing_in_flight = self.chain.nothing_in_flight();
+        let Line::Open(line) = &mut self.line else { return };
+        if let Err(error) = line.look_alive(now) {
+            self.on_broken(error, now);
+        } else if line.leaves(nothing_in_flight, now) {
+            self.move_on(now);
         }
     }
 
     /// Notes since when the server owes us something: answers, credit, or the word that it takes no more frames.
     fn watch_silence(&mut self, now: Instant) {
-        let settled = self.is_settled();
-        let Line::Open(line) = &mut self.line else { return };
-        let owes = !self.chain.nothing_in_flight()
-            || (!settled && (!line.takes() || line.frames.is_closed()));
-        line.silent_since = owes.then(|| line.silent_since.unwrap_or(now));
+        let (unanswered, unsent) = (!self.chain.nothing_in_flight(), !self.is_settled());
+        if let Line::Open(line) = &mut self.line {
+            line.watch(unanswered, unsent, now);
+        }
     }
 
     /// Sends what may be sent. True if frames wait for room in the connection.
@@ -468,32 +366,24 @@ impl SegmentStream {
         loop {
             if self.chain.unsent() == 0 {
                 // Cut only what can be sent: a longer wait makes larger batches.
-                if !line.takes() || line.frames.capacity() == 0 {
-                    return line.frames.capacity() == 0 && !self.batcher.is_empty();
+                if !line.takes() || !line.has_room() {
+                    return !line.has_room() && !self.batcher.is_empty();
                 }
                 let idle = self.chain.nothing_in_flight();
                 let Some(cut) = self.batcher.cut(now, idle, flush) else { return false };
-                let (count, deadline) = (cut.waiters.len() as u64, cut.deadline);
-                let sequence = cut.asks.sequence;
-                let content = seal(cut, self.settings.compression);
-                match sequence {
-                    None => self.chain.push(count, deadline, content),
-                    Some(sequence) => {
-                        place(&mut self.chain, self.segment, sequence, deadline, content)
-                    }
-                }
+                content::push(&mut self.chain, cut, self.settings.compression, self.segment);
                 continue;
             }
             let Some(next) = self.chain.sendable() else { return false };
-            let bytes = next.content.payload.len();
+            let bytes = next.content.bytes();
             if !line.takes() {
                 return false;
             }
-            let Ok(room) = line.frames.try_reserve() else { return true };
+            if !line.has_room() {
+                return true;
+            }
             let Some((prev, link)) = self.chain.send() else { return false };
-            room.send(frame(prev, link));
-            line.sent_batches += 1;
-            line.sent_bytes += bytes as u64;
+            line.send(frame(prev, link), bytes, now);
         }
     }
 
@@ -514,14 +404,10 @@ impl SegmentStream {
             route: route.into(),
             access: self.settings.access.into(),
             held_epoch: self.held_epoch,
+            heartbeat_ms: self.settings.heartbeat.on_the_wire(),
         };
         self.stream_number += 1;
-        let connections = self.connections.clone();
-        self.line = Line::Opening(Box::pin(async move {
-            timeout(OPEN_TIMEOUT, open_stream(connections, owner, open)).await.unwrap_or_else(
-                |_| Err(Error::Unavailable("the stream was not opened in time".into())),
-            )
-        }));
+        self.line = Line::Opening(Box::pin(open_stream(self.connections.clone(), owner, open)));
     }
 
     fn is_settled(&self) -> bool {
@@ -549,108 +435,9 @@ impl SegmentStream {
         let mut due = times.into_iter().flatten().min();
         if let Line::Open(line) = &self.line {
             let can_cut = self.hold_until.is_none() && self.chain.unsent() == 0 && line.takes();
-            let linger = self.batcher.due().filter(|_| can_cut && line.frames.capacity() > 0);
-            let silence = line.silent_since.map(|since| since + SILENCE_MAX);
-            due = [due, linger, silence, line.leave_by].into_iter().flatten().min();
+            let linger = self.batcher.due().filter(|_| can_cut && line.has_room());
+            due = [due, linger, Some(line.next_due())].into_iter().flatten().min();
         }
         due
-    }
-}
-
-fn seal(cut: Cut, compression: Compression) -> Content {
-    let uncompressed = cut.records.len() as u32;
-    let (codec, payload) = compress(cut.records, compression);
-    Content {
-        codec,
-        payload,
-        uncompressed,
-        index: RecordIndex {
-            key_hash: cut.hashes,
-            has_key: cut.has_key,
-            deliver_at_ms: cut.deliver_at_ms,
-        },
-        asks: cut.asks,
-        number: cut.number,
-        waiters: cut.waiters,
-        trace: cut.trace,
-    }
-}
-
-/// A batch with a sequence of its own: it waits to be sent, or is answered at once.
-fn place(
-    chain: &mut Chain<Content>,
-    segment: u32,
-    sequence: u64,
-    deadline: Instant,
-    content: Content,
-) {
-    match chain.push_at(sequence, deadline, content) {
-        Placed::Waits => {}
-        Placed::Stored(content) => content.waiters.answer(|_| {
-            let level = Level::Unknown;
-            Ok(Receipt { segment, id: None, level, epoch: 0, duplicate: true })
-        }),
-        Placed::Behind(content) => {
-            let words = format!("sequence {sequence} is not above those before it");
-            fail([content.waiters], &Error::refused(Reason::SequenceConflict, words));
-        }
-    }
-}
-
-fn frame(prev: u64, link: &Link<Content>) -> PublishFrame {
-    let content = &link.content;
-    PublishFrame {
-        frame: Some(Frame::Batch(v1::Batch {
-            prev_sequence: prev,
-            lo_sequence: link.lo,
-            hi_sequence: link.hi,
-            format: PayloadFormat::Native.into(),
-            codec: content.codec.into(),
-            uncompressed_size: content.uncompressed,
-            index: Some(content.index.clone()),
-            count: content.waiters.len() as u32,
-            payload: content.payload.clone(),
-            traceparent: content.trace.map(|trace| trace.to_string()).unwrap_or_default(),
-            expected_offset: content.asks.expected_offset,
-        })),
-    }
-}
-
-fn fail(waiters: impl IntoIterator<Item = Waiters>, error: &Error) {
-    for waiters in waiters {
-        waiters.answer(|_| Err(error.clone()));
-    }
-}
-
-/// What was in flight on a stream that is gone may have been stored; the rest was not.
-fn fail_link(link: Link<Content>, error: &Error) {
-    if link.uncertain {
-        fail([link.content.waiters], &Error::Indeterminate(error.to_string()));
-    } else {
-        fail([link.content.waiters], error);
-    }
-}
-
-async fn open_stream(
-    connections: Connections,
-    owner: Option<String>,
-    open: OpenPublish,
-) -> Result<Box<Opened>, Error> {
-    let (frames, outgoing) = mpsc::channel(OUTGOING_FRAMES_MAX);
-    let first = PublishFrame { frame: Some(Frame::Open(open)) };
-    frames.try_send(first).expect("a new queue has room");
-    let mut client = connections.publisher(owner.as_deref());
-    let mut replies = client.publish_stream(ReceiverStream::new(outgoing)).await?.into_inner();
-    match replies.message().await?.and_then(|reply| reply.reply) {
-        Some(Reply::Opened(answer)) if answer.last_persisted_sequence < SEQUENCE_END => {
-            Ok(Box::new(Opened { frames, replies, answer }))
-        }
-        Some(Reply::GoAway(_)) | None => {
-            Err(Error::Unavailable("the server ended the stream".into()))
-        }
-        Some(_) => Err(Error::refused(
-            Reason::UnexpectedFrame,
-            "the server answered the open with something else",
-        )),
     }
 }

@@ -250,6 +250,20 @@ async fn serve_consume(mut call: ConsumeCall, cursor: Arc<Mutex<Cursor>>, random
                     call.refuse(&settle, Reason::Busy).await;
                     continue;
                 }
+                if let Some(Verb::Release(release)) = &settle.verb {
+                    assert!(!release.counts, "only what nobody has seen is given back");
+                    let mark_delete_next = {
+                        let mut cursor = cursor.lock();
+                        for offset in release.ranges.iter().flat_map(|of| of.first..=of.last) {
+                            let held = cursor.held.remove(&offset);
+                            assert!(held.is_some_and(|held| held.as_bytes() == release.handle));
+                            next = next.min(offset);
+                        }
+                        cursor.next()
+                    };
+                    call.settled(&settle, mark_delete_next).await;
+                    continue;
+                }
                 let (ranges, presented) = match settle.verb.clone().expect("a verb") {
                     Verb::Accept(accept) => (accept.ranges, accept.handle),
                     Verb::AcceptUpTo(up_to) => {

@@ -84,13 +84,21 @@ async fn what_was_accepted_is_claimed_after_a_break_and_presented_under_the_new_
     call.settle().await; // the answer gets lost
     drop(call);
     let mut call = server.consume().await;
-    assert_eq!(claimed(&call), [(0, 1, Bytes::from("old"))], "what was not handed out is not");
+    assert_eq!(claimed(&call), [(0, 3, Bytes::from("old"))]);
     call.opened_granting_all(0, "granted").await;
-    call.deliver(delivery(2, 2, "new")).await;
-    assert_eq!(offsets(&mut consumer, 2).await, [2, 3]);
     let settle = call.settle().await;
     assert_eq!(accepted(&settle), (vec![(0, 1)], Bytes::from("granted")));
     call.settled(&settle, 2).await;
+    let settle = call.settle().await;
+    let Some(Verb::Release(release)) = &settle.verb else { panic!("what was not handed out") };
+    assert_eq!(release.ranges, [OffsetRange { first: 2, last: 3 }]);
+    assert_eq!(
+        (&release.handle[..], release.counts, release.delay_ms),
+        (&b"granted"[..], false, None)
+    );
+    call.settled(&settle, 2).await;
+    call.deliver(delivery(2, 2, "new")).await;
+    assert_eq!(offsets(&mut consumer, 2).await, [2, 3]);
     soon(one).await.expect("durable");
     soon(two).await.expect("durable");
 }

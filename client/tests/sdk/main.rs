@@ -4,6 +4,8 @@ mod calls;
 mod chaos;
 mod client;
 mod consumer;
+mod life;
+mod pattern;
 mod processor;
 mod producer;
 mod server;

@@ -51,7 +51,7 @@ async fn an_input_is_accepted_when_all_its_outputs_are_stored_under_sequences_th
     inputs.credit().await;
     inputs.deliver(delivery(40, 2, "h")).await;
     let mut outputs = server.publish_from(0).await;
-    assert_eq!(outputs.open.producer_name, "job~0");
+    assert_eq!(outputs.open.producer_name, "job~1~0", "subscription, id of the input, segment");
     let mut batches = Vec::new();
     for (offset, index) in [(40u64, 0), (40, 1), (41, 0), (41, 1)] {
         let batch = outputs.batch().await;

@@ -13,8 +13,8 @@ use geminga_proto::{
         OpenPublish, OwnerHint, PeekRequest, PeekResponse, PublishCredit, PublishFrame,
         PublishOpened, PublishReply, PublishRequest, PublishResponse, PullRequest, PullResponse,
         Receipt, Revoked, SeekRequest, SeekResponse, SegmentInfo, Settle, SettleRefused,
-        SettleRequest, SettleResponse, Settled, WatchReply, WatchRequest, consume_frame,
-        consume_reply,
+        SettleRequest, SettleResponse, Settled, WatchReply, WatchRequest, WatchTopicsReply,
+        WatchTopicsRequest, consume_frame, consume_reply,
         discovery_server::{Discovery, DiscoveryServer},
         publish_frame, publish_reply,
         publisher_server::{Publisher, PublisherServer},
@@ -65,6 +65,7 @@ pub(crate) struct Server {
     publishes: Mutex<mpsc::Receiver<PublishCall>>,
     consumes: Mutex<mpsc::Receiver<ConsumeCall>>,
     watches: Mutex<mpsc::Receiver<Out<WatchReply>>>,
+    topics: Mutex<mpsc::Receiver<TopicsCall>>,
     calls: Mutex<mpsc::Receiver<Call>>,
     tasks: Tasks,
 }
@@ -91,9 +92,10 @@ impl Server {
         let (publishes_in, publishes) = mpsc::channel(64);
         let (consumes_in, consumes) = mpsc::channel(64);
         let (watches_in, watches) = mpsc::channel(64);
+        let (topics_in, topics) = mpsc::channel(64);
         let (calls_in, calls) = mpsc::channel(64);
         let layout = layout(segments, owner);
-        let script = Script { publishes_in, consumes_in, watches_in, calls_in, layout };
+        let script = Script { publishes_in, consumes_in, watches_in, topics_in, calls_in, layout };
         let incoming = TcpListenerStream::new(listener).map(|connection| {
             connection.and_then(|connection| connection.set_nodelay(true).map(|()| connection))
         });
@@ -106,7 +108,8 @@ impl Server {
         tasks.spawn("serve", async move { serve.await.expect("it serves") });
         let (publishes, consumes) = (Mutex::new(publishes), Mutex::new(consumes));
         let (watches, calls) = (Mutex::new(watches), Mutex::new(calls));
-        Self { address, publishes, consumes, watches, calls, tasks }
+        let topics = Mutex::new(topics);
+        Self { address, publishes, consumes, watches, topics, calls, tasks }
     }
 
     pub(crate) async fn client(&self) -> Client {
@@ -157,6 +160,11 @@ impl Server {
         soon(async { self.calls.lock().await.recv().await }).await.expect("it listens")
     }
 
+    /// The next watch of a namespace.
+    pub(crate) async fn topics(&self) -> TopicsCall {
+        soon(async { self.topics.lock().await.recv().await }).await.expect("it listens")
+    }
+
     /// The next layout watch, answered already.
     pub(crate) async fn watch(&self) -> Out<WatchReply> {
         soon(async { self.watches.lock().await.recv().await }).await.expect("it listens")
@@ -174,6 +182,23 @@ fn layout(segments: u32, owner: Option<&str>) -> WatchReply {
     });
     let (segments, owners) = (infos.collect(), owners.collect());
     WatchReply { topic_id: 1, layout: Some(Layout { epoch: 1, segments }), owners }
+}
+
+/// A watch of a namespace in the test's hands. Dropping it ends it.
+pub(crate) struct TopicsCall {
+    pub(crate) request: WatchTopicsRequest,
+    replies: Out<WatchTopicsReply>,
+}
+
+impl TopicsCall {
+    pub(crate) async fn reply(&self, reply: WatchTopicsReply) {
+        let _ = self.replies.send(Ok(reply)).await; // the client may be gone
+    }
+
+    /// Ends the stream with this status.
+    pub(crate) async fn end(self, status: Status) {
+        let _ = self.replies.send(Err(status)).await; // the client may be gone
+    }
 }
 
 /// A publish stream in the test's hands. Dropping it ends it.
@@ -221,6 +246,12 @@ impl PublishCall {
                 other => panic!("batches come on an open stream, not {other:?}"),
             }
         }
+    }
+
+    /// The next frame is a ping.
+    pub(crate) async fn ping(&mut self) {
+        let frame = soon(self.frames.message()).await.ok().flatten().and_then(|frame| frame.frame);
+        assert!(matches!(frame, Some(publish_frame::Frame::Ping(_))), "a ping, not {frame:?}");
     }
 
     /// Nothing came until now: a client that would send does so at once.
@@ -329,7 +360,7 @@ impl ConsumeCall {
         loop {
             match soon(self.next()).await {
                 Some(consume_frame::Frame::Settle(settle)) => return settle,
-                Some(consume_frame::Frame::Credit(_)) => {}
+                Some(consume_frame::Frame::Credit(_) | consume_frame::Frame::Ping(_)) => {}
                 other => panic!("a settle, not {other:?}"),
             }
         }
@@ -390,6 +421,7 @@ struct Script {
     publishes_in: mpsc::Sender<PublishCall>,
     consumes_in: mpsc::Sender<ConsumeCall>,
     watches_in: mpsc::Sender<Out<WatchReply>>,
+    topics_in: mpsc::Sender<TopicsCall>,
     calls_in: mpsc::Sender<Call>,
     layout: WatchReply,
 }
@@ -515,6 +547,18 @@ impl Discovery for Script {
         let (replies, outgoing) = mpsc::channel(10);
         replies.send(Ok(self.layout.clone())).await.map_err(over)?;
         self.watches_in.send(replies).await.map_err(over)?;
+        Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+
+    type WatchTopicsStream = ReceiverStream<Result<WatchTopicsReply, Status>>;
+
+    async fn watch_topics(
+        &self,
+        request: Request<WatchTopicsRequest>,
+    ) -> Result<Response<Self::WatchTopicsStream>, Status> {
+        let (replies, outgoing) = mpsc::channel(10);
+        let call = TopicsCall { request: request.into_inner(), replies };
+        self.topics_in.send(call).await.map_err(over)?;
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }

@@ -273,6 +273,16 @@ impl Cluster {
     }
 }
 
+impl Drop for Cluster {
+    /// What every process wrote is kept when the test fails.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.directory.disable_cleanup(true);
+            eprintln!("the logs of this cluster are in {}", self.directory.path().display());
+        }
+    }
+}
+
 fn flag(key: &str, value: &str) -> String {
     format!("--{key}={value}")
 }

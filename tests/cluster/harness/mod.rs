@@ -9,7 +9,8 @@ mod process;
 mod proxy;
 mod s3;
 
-pub(crate) use cluster::{BookieSpec, Cluster, ClusterSpec, geminga};
+#[allow(unused_imports, reason = "each test target uses a part of the harness")]
+pub(crate) use cluster::{BookieSpec, Cluster, ClusterSpec, geminga, http_get};
 pub(crate) use etcd::Etcd;
 #[allow(unused_imports, reason = "each test target uses a part of the harness")]
 pub(crate) use load::{Load, client};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use geminga_proto::{
-    admin::v1::{CreateSubscriptionRequest, CreateTopicRequest},
+    admin::v1::{CompactTopicRequest, CreateSubscriptionRequest, CreateTopicRequest},
     v1::{
         Accept, AcceptUpTo, ExplainRequest, Extend, OffsetRange, OpenConsume, OpenPublish,
         PeekRequest, PullRequest, ReadFrom, Reject, Release, RetryPolicy, SeekRequest, Settle,
@@ -64,7 +64,16 @@ async fn with_topic(client: &Client, topic: &str) -> Vec<(&'static str, String)>
         ("peek", refusal(subscriber.peek(peek).await)),
         ("publish", refusal(client.try_produce(producer::open(topic, "p")).await)),
         ("create topic", refusal(client.admin().create_topic(create).await)),
+        ("compact", refusal(compact(client, topic).await)),
     ]
+}
+
+/// Compacts to the end; a refusal may come with the first step.
+async fn compact(client: &Client, topic: &str) -> Result<(), Status> {
+    let request = CompactTopicRequest { topic: topic.to_owned() };
+    let mut steps = client.admin().compact_topic(request).await?.into_inner();
+    while steps.message().await?.is_some() {}
+    Ok(())
 }
 
 pub(crate) async fn names(world: Arc<World>) {

@@ -11,7 +11,8 @@ use crate::{
     world::World,
 };
 
-const INPUTS: u64 = 300;
+/// Enough for a hundred lives of the job.
+const INPUTS: u64 = 1_600;
 
 fn transform(input: &str) -> String {
     let sum = input.bytes().fold(7_u64, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
@@ -29,14 +30,14 @@ pub(crate) async fn one_output_per_input(world: Arc<World>) {
     for chunk in inputs.chunks(25) {
         client.publish(&input, 0, chunk).await;
     }
-    // Each life of the job ends at another step, with the owner killed or with only the job gone.
+    // Each life of the job ends at another step, with only the job gone, or now and then with the owner killed.
     let mut life = 0;
     let mut done = false;
     while !done {
         life += 1;
         done = job(&world, &input, &output, life).await;
     }
-    assert!(life > 6, "it was killed again and again: {life}");
+    assert!(life > 100, "it was killed again and again: {life}");
     let client = world.client().await;
     client.subscription(&output, "judge", settings(Default::default())).await;
     let mut judge = client.consume(consumer::open(&output, "judge", "judge"), 10_000).await;
@@ -51,7 +52,7 @@ pub(crate) async fn one_output_per_input(world: Arc<World>) {
 async fn job(world: &World, input: &str, output: &str, life: u64) -> bool {
     let client = world.client().await;
     let mut consumer = client.consume(consumer::open(input, "job", "job"), 40).await;
-    let open = OpenPublish { stream_number: life, ..producer::open(output, "job~0") };
+    let open = OpenPublish { stream_number: life, ..producer::open(output, "job~7~0") };
     let mut producer = client.produce(open).await;
     let persisted = producer.opened.last_persisted_sequence;
     let mut steps = 20 + life * 13 % 47;
@@ -69,7 +70,7 @@ async fn job(world: &World, input: &str, output: &str, life: u64) -> bool {
         }
         steps -= 1;
         if steps == 0 {
-            if life.is_multiple_of(3) {
+            if life % 16 == 3 {
                 world.kill_owner(input).await; // with an output on its way
             }
             return false;

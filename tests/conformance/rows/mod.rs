@@ -1,8 +1,10 @@
 //! The table. A row's function is the scenario; its name, the fact.
 
 mod bad_input;
+mod compaction;
 mod dead_letter;
 mod delays;
+mod discovery;
 mod durability;
 mod exactly_once;
 mod explain;
@@ -10,11 +12,14 @@ mod failover;
 mod handles;
 mod key_shared;
 mod leases;
+mod limits;
 mod order;
 mod positions;
 mod producers;
 mod redelivery;
+mod rest;
 mod shared;
+mod streams;
 
 use std::sync::Arc;
 
@@ -57,7 +62,7 @@ pub(crate) fn table() -> Vec<Row> {
         "redelivery": calm "a lost consumer's messages come again after the grace, as the next attempt" = redelivery::lost_consumers_count;
         "redelivery": calm "a consumer that leaves in good order leaves attempts as they are" = redelivery::clean_leaves_do_not_count;
         "redelivery": harm "attempts are the same after kill -9 of the owner" = redelivery::attempts_survive_kills;
-        "redelivery": harm "attempts are the same after ten planned moves" = redelivery::attempts_survive_moves;
+        "redelivery": harm "attempts are the same after planned moves, ten in the standalone and a hundred in the cluster" = redelivery::attempts_survive_moves;
         "dead-letter": calm "reject sends a message to the dead-letter topic with origin, reason and attempts" = dead_letter::reject_goes_there_with_its_origin;
         "dead-letter": calm "the last of n attempts ends in the dead-letter topic, exactly at n" = dead_letter::at_the_maximum_exactly;
         "dead-letter": harm "each rejected message has one copy though the owner is killed in between" = dead_letter::one_copy_through_kills;
@@ -88,7 +93,24 @@ pub(crate) fn table() -> Vec<Row> {
         "access": calm "exclusive producers keep others out, and fencing ends the ones that are there" = producers::access_modes;
         "conditional": calm "a batch with an expected offset is stored there or not at all" = producers::conditional_append;
         "redirect": calm "a stream that insists on the owner is told where it is" = producers::redirect;
-        "exactly-once": harm "consume, transform, produce, killed again and again, leaves one output per input (TX8)" = exactly_once::one_output_per_input;
+        "exactly-once": harm "consume, transform, produce, killed a hundred times, leaves one output per input (TX8)" = exactly_once::one_output_per_input;
+        "redelivery": calm "who leaves gives its messages back at once and uncounted; who breaks off may come back, and else failed" = streams::leaving_is_not_breaking;
+        "heartbeat": calm "a client that promised signs of life and is frozen loses its streams, and nothing is lost" = streams::frozen_clients_lose_their_streams;
+        "heartbeat": calm "a client that gives signs of life keeps its stream, and the server gives them too" = streams::living_ones_keep_them;
+        "ttl": calm "a message older than the time to live counts as settled, and none earlier" = limits::ttl_expires;
+        "backlog-quota": calm "reject: batches past the quota are refused until there is room" = limits::quota_rejects;
+        "backlog-quota": calm "hold: a batch past the quota waits for room" = limits::quota_holds;
+        "backlog-quota": calm "evict: the slowest subscription loses the oldest messages and no producer is refused" = limits::quota_evicts;
+        "retention": harm "settled messages stay as long as the policy says, and their ledger goes then" = limits::retention_keeps_and_lets_go;
+        "policies": calm "a tenant decides for its topics unless namespace or topic do, and says so" = limits::a_tenant_decides_for_its_topics;
+        "rate-limit": calm "what is published too fast waits, in order, and is never lost" = limits::publish_rate;
+        "rate-limit": calm "what would be delivered too fast waits, and explain says until when" = limits::deliver_rate;
+        "counts": calm "producers, consumers, subscriptions and topics past their limits are refused, and room comes back" = limits::counts;
+        "compaction": calm "a compacted reader gets the latest message of each key below the horizon, everything behind it, and no tombstone" = compaction::the_table_is_the_same;
+        "compaction": harm "compaction goes on through kill -9 of the owner, and the table is the same" = compaction::survives_kills;
+        "discovery": calm "topics of a namespace are pushed as they come and go; a name made again is another topic" = discovery::topics_are_pushed;
+        "rest": calm "publish, pull and settle by plain HTTP; a repeat with a sequence is stored once" = rest::publish_pull_settle;
+        "rest": calm "CloudEvents, alone and in batches, are messages, and come back as events" = rest::cloud_events;
         "bad-input": calm "names of every forbidden kind are refused by every call" = bad_input::names;
         "bad-input": calm "fields of subscriber calls that are out of range are refused, each with its reason" = bad_input::fields;
         "bad-input": calm "a message of exactly the limit is stored, one byte more is refused" = bad_input::sizes;

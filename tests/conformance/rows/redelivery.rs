@@ -9,7 +9,7 @@ use super::{lease, offsets, retry, shared, topic};
 use crate::{
     client::{Mortal, numbered},
     consumer::open,
-    world::World,
+    world::{Shape, World},
 };
 
 pub(crate) async fn release_counts_or_not(world: Arc<World>) {
@@ -144,10 +144,16 @@ pub(crate) async fn attempts_survive_kills(world: Arc<World>) {
     .await;
 }
 
+/// How often the owner moves: a hundred times in the long run of `cargo conformance`, or as often as `MOVES` says.
+fn moves(shape: Shape) -> u32 {
+    let said = std::env::var("MOVES").ok().map(|text| text.parse().expect("MOVES is a number"));
+    said.unwrap_or(if shape == Shape::Cluster { 100 } else { 10 })
+}
+
 pub(crate) async fn attempts_survive_moves(world: Arc<World>) {
     let topic = topic("attempts-move");
     attempts_survive(&world, &topic, 8, async || {
-        for _ in 0..10 {
+        for _ in 0..moves(world.shape()) {
             world.move_owner(&topic).await;
             world.client().await.describe(&topic, "work").await; // the next owner loads it
         }

@@ -416,3 +416,17 @@ async fn a_fenced_writer_on_a_provisional_claim_says_so_at_once() {
     assert!(writer.append(payload("late")).await.is_err());
     assert!(matches!(sealed.await.expect("no panic"), Err(SealError::Fenced)));
 }
+
+/// Its caller's thread may be kept waiting in between.
+#[tokio::test(start_paused = true)]
+async fn an_append_that_was_answered_before_anybody_looked_was_not_refused() {
+    let world = World::new(3).await;
+    let writer = world.create().await;
+    let early = writer.append(payload("early"));
+    append(&writer, 1..2).await; // answered after it
+    assert_eq!(early.refused(), None);
+    assert_eq!(early.await, Ok(EntryId(0)));
+    close(&world, &writer).await;
+    let late = writer.append(payload("late"));
+    assert_eq!(late.refused(), Some(AppendError::Ended));
+}

@@ -93,6 +93,17 @@ pub(super) enum Outcome {
     Pending(oneshot::Receiver<Result<EntryId, AppendError>>),
 }
 
+impl AppendFuture {
+    /// Why nothing was sent; none: the entry was taken, and may have been answered already.
+    #[must_use]
+    pub fn refused(&self) -> Option<AppendError> {
+        match &self.0 {
+            Outcome::Refused(error) => Some(*error),
+            Outcome::Pending(_) => None,
+        }
+    }
+}
+
 impl Future for AppendFuture {
     type Output = Result<EntryId, AppendError>;
 

@@ -21,6 +21,8 @@ pub(crate) struct Situation<'a> {
     pub(crate) slowest: Option<Offset>,
     /// A load replays from here (DD2).
     pub(crate) dedup_next: Offset,
+    /// A compaction reads from the horizon on.
+    pub(crate) compacting: bool,
     /// In the open ledger.
     pub(crate) open_bytes: u64,
     /// Uploaded whatever the policy says.
@@ -45,7 +47,8 @@ pub(crate) fn plan(situation: &Situation<'_>) -> Plan {
     Plan { trim, delete: delete(situation, kept), upload: upload(situation, kept) }
 }
 
-/// M3: a contiguous prefix, never the last ledger, never past a cursor or the deduplication snapshot.
+/// M3: a contiguous prefix, never the last ledger, never past a cursor or the deduplication snapshot; nor past the compaction
+/// horizon, where a policy wants everything compacted first or a compaction runs.
 fn trim(situation: &Situation<'_>) -> usize {
     let Situation { list, policy: Some(policy), .. } = situation else { return 0 };
     let retention = policy.retention_ms.is_some() || policy.retention_bytes.is_some();
@@ -53,6 +56,10 @@ fn trim(situation: &Situation<'_>) -> usize {
         Some(slowest) => slowest.min(situation.dedup_next),
         None if retention => situation.dedup_next,
         None => return 0,
+    };
+    let settled = match policy.compact_after_bytes.is_some() || situation.compacting {
+        true => settled.min(list.compacted_to),
+        false => settled,
     };
     let all: u64 = list.data.iter().map(|listed| listed.counts.bytes).sum();
     let mut after = all + situation.open_bytes;
@@ -180,13 +187,15 @@ mod tests {
             0u64..1_000,
             prop::option::of(0u64..1_000),
             prop::option::of(0u64..500),
+            prop::option::of(0u64..500),
         );
-        prop::option::of(some.prop_map(|(after, above, lag, ms, bytes)| TierPolicy {
+        prop::option::of(some.prop_map(|(after, above, lag, ms, bytes, compact)| TierPolicy {
             offload_after: after.map(Duration::from_millis),
             offload_above_bytes: above,
             delete_lag: Duration::from_millis(lag),
             retention_ms: ms,
             retention_bytes: bytes,
+            compact_after_bytes: compact,
             ..TierPolicy::default()
         }))
     }
@@ -201,8 +210,11 @@ mod tests {
             dedup_next in 0u64..150,
             now_ms in 0u64..2_000,
             open_bytes in 0u64..50,
+            compacting: bool,
+            compacted_to in 0u64..150,
         ) {
-            let list = list(&ledgers, open);
+            let mut list = list(&ledgers, open);
+            list.compacted_to = Offset(compacted_to);
             let forced = BTreeSet::from([LedgerId(3)]);
             let situation = Situation {
                 list: &list,
@@ -210,6 +222,7 @@ mod tests {
                 policy: policy.as_ref(),
                 slowest: slowest.map(Offset),
                 dedup_next: Offset(dedup_next),
+                compacting,
                 open_bytes,
                 forced: &forced,
             };
@@ -221,6 +234,8 @@ mod tests {
                 prop_assert!(gone.end() <= Offset(dedup_next), "past the deduplication snapshot");
                 prop_assert!(slowest.is_none_or(|slowest| gone.end() <= Offset(slowest)), "past a cursor");
                 prop_assert!(slowest.is_some() || retention, "nobody asked for it");
+                let held = compacting || policy.as_ref().is_some_and(|p| p.compact_after_bytes.is_some());
+                prop_assert!(!held || gone.end() <= Offset(compacted_to), "before it was compacted");
                 let policy = policy.as_ref().expect("without a policy nothing goes");
                 let bytes: u64 = list.data[n + 1..].iter().map(|l| l.counts.bytes).sum::<u64>() + open_bytes;
                 let old = policy.retention_ms.is_some_and(|ms| now_ms.saturating_sub(gone.counts.last_publish_ms) >= ms);
@@ -257,6 +272,7 @@ mod tests {
                 policy: Some(policy),
                 slowest: slowest.map(Offset),
                 dedup_next: Offset(6),
+                compacting: false,
                 open_bytes: 0,
                 forced: &forced,
             };
@@ -285,6 +301,7 @@ mod tests {
                 policy: Some(policy),
                 slowest: None,
                 dedup_next: Offset(0),
+                compacting: false,
                 open_bytes: 0,
                 forced: &forced,
             };

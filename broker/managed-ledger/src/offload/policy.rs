@@ -30,6 +30,9 @@ pub struct TierPolicy {
     pub backlog_quota_ms: Option<u64>,
     /// What happens when more waits.
     pub backlog_action: BacklogAction,
+    /// The segment is compacted when so many bytes were published behind its horizon; looked at every 10 s. Nothing is trimmed
+    /// before it is compacted then.
+    pub compact_after_bytes: Option<u64>,
 }
 
 /// What happens when more waits for the slowest subscription than a quota allows.
@@ -57,6 +60,7 @@ impl Default for TierPolicy {
             backlog_quota_bytes: None,
             backlog_quota_ms: None,
             backlog_action: BacklogAction::Reject,
+            compact_after_bytes: None,
         }
     }
 }

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    compact::ViewChanged,
     lane::Phase,
     owner::{OpenLedger, Owner},
     tier::TierDone,
@@ -40,6 +41,8 @@ pub(super) enum Done {
     /// Cursor-log ledgers are gone; so many data bytes need no replay any more, up to this offset.
     Trimmed(Result<Current, ChangeError>, Option<(u64, Offset)>),
     Tier(TierDone),
+    /// A list change of a compaction.
+    View(ViewChanged),
 }
 
 impl Owner {
@@ -87,7 +90,7 @@ impl Owner {
                 return job;
             }
         }
-        self.next_tier_job()
+        self.next_tier_job().or_else(|| self.next_view_job())
     }
 
     fn log_is_wanted(&self) -> bool {
@@ -201,6 +204,7 @@ impl Owner {
                 self.show();
             }
             Done::Tier(done) => self.tier_done(done),
+            Done::View(changed) => self.view_changed(changed),
             // Nothing happened, and nothing depends on it: the next snapshot or rest tries again.
             Done::Trimmed(Err(ChangeError::NotNow(why)), _) => {
                 tracing::info!(topic = self.shared.segment.topic.0, why, "cursor log not trimmed");

@@ -142,16 +142,14 @@ impl<T> Lane<T> {
         while self.blocked.is_none() && self.sent < self.pending.len() {
             let payload = encode(&self.pending[self.sent]);
             let bytes = payload.len();
-            let mut append = writer.append(payload);
-            // A refusal is known at once; an entry behind a refused one must not overtake it.
-            match (&mut append).now_or_never() {
-                Some(Err(AppendError::Full)) => self.blocked = Some(bytes),
-                Some(Err(AppendError::Ended)) => return, // `poisoned` tells why
-                Some(answer) => {
-                    debug_assert!(false, "an append was answered before it was sent: {answer:?}");
-                    return;
-                }
-                None => {
+            let append = writer.append(payload);
+            // A refusal is known at once; an entry behind a refused one must not overtake it. One that was taken may be
+            // answered by now, if this thread was kept waiting: its answer is judged in its turn all the same.
+            match append.refused() {
+                Some(AppendError::Full) => self.blocked = Some(bytes),
+                Some(AppendError::Ended) => return, // `poisoned` tells why
+                // One that is too large was refused at the door: its answer says so to whoever sent it.
+                Some(_) | None => {
                     self.in_flight.push_back(append);
                     self.sent += 1;
                     self.silent_since.get_or_insert_with(Instant::now);

@@ -123,9 +123,12 @@ impl Owner {
         for (id, messages) in behind {
             if self.settle_by_policy(id, Settlement::UpTo(last)) {
                 self.limits.moving.insert(id);
+                *self.shared.evicted.lock().entry(id).or_default() += messages;
                 settled += messages;
             }
         }
+        let cursors = self.shared.cursors.lock();
+        self.shared.evicted.lock().retain(|id, _| cursors.contains_key(id));
         settled
     }
 

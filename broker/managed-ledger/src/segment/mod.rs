@@ -7,6 +7,7 @@
 //! read ─────► view of what is confirmed (no owner)
 //! ```
 
+mod compact;
 mod cursors;
 mod jobs;
 mod lane;
@@ -68,6 +69,8 @@ pub(crate) struct Shared {
     status: watch::Sender<Status>,
     /// As they are durable.
     cursors: Mutex<BTreeMap<SubscriptionId, Cursor>>,
+    /// Messages that the policy settled, of cursors that are there.
+    evicted: Mutex<BTreeMap<SubscriptionId, u64>>,
     /// Streams of producers that ended, until the owner takes note: no more than there were streams.
     ended_streams: Mutex<Vec<(ProducerId, u64)>>,
 }
@@ -82,6 +85,8 @@ enum Command {
     Cursor(CursorChange, oneshot::Sender<Result<Offset, SettleError>>),
     /// Whether the open ledger is rolled first; who listens.
     Offload(bool, mpsc::Sender<TierProgress>),
+    /// Compact up to the end; who listens.
+    Compact(mpsc::Sender<TierProgress>),
     /// Close this ledger and go on in the next, if it is open.
     Roll(LedgerId),
     Close(oneshot::Sender<()>),
@@ -130,6 +135,7 @@ pub(crate) fn start(
         open_counts: Mutex::default(),
         status: watch::Sender::new(Status::Serving),
         cursors: Mutex::new(cursors),
+        evicted: Mutex::default(),
         ended_streams: Mutex::default(),
     });
     let owner = owner::Owner::new(ledgers.clone(), Arc::clone(&shared), loaded);
@@ -238,6 +244,13 @@ impl ManagedLedger {
         self.shared.cursors.lock().get(&subscription).map(Cursor::dead_letters)
     }
 
+    /// How many messages of a cursor the time to live or a backlog quota settled, and not a consumer, since this owner loaded
+    /// the segment.
+    #[must_use]
+    pub fn evicted(&self, subscription: SubscriptionId) -> u64 {
+        self.shared.evicted.lock().get(&subscription).copied().unwrap_or(0)
+    }
+
     /// The first offset that a cursor has not settled, as it is durable now.
     #[must_use]
     pub fn mark_delete_next(&self, subscription: SubscriptionId) -> Option<Offset> {
@@ -306,8 +319,17 @@ impl ManagedLedger {
         let answer = self.shared.view.read(from, end, bytes_max, messages_max).await;
         match (&answer, &*self.shared.status.borrow()) {
             (Err(_), Status::Fenced(_)) => Err(ReadError::Fenced),
+            (Ok(batches), _) => {
+                self.note_read(batches);
+                answer
+            }
             _ => answer,
         }
+    }
+
+    fn note_read(&self, batches: &[StoredBatch]) {
+        let bytes = batches.iter().map(|batch| batch.payload.len() as u64).sum();
+        self.shared.ledgers.note_traffic(bytes);
     }
 
     /// The first message published at or after `time_ms` (wall clock, ms): where a seek by time goes. The first kept if all

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Command, Loaded, Shared,
+    compact::{Compact, CompactEvent},
     cursors::{Group, Queued, Waiting},
     jobs::{Done, Job, RETRY_PAUSE},
     lane::{Lane, LaneEvent},
@@ -83,6 +84,7 @@ pub(super) struct Owner {
     pub(super) lost: u64,
     pub(super) want: Want,
     pub(super) tier: Tier,
+    pub(super) compact: Compact,
     pub(super) limits: Limits,
     pub(super) data_ledger: OpenLedger,
     pub(super) snapshot_bytes: u64,
@@ -119,6 +121,21 @@ pub(super) struct OpenLedger {
     pub(super) counts: Counts,
 }
 
+/// Says so when the owner's task ends in any way it was not meant to, a panic for one: whoever holds the segment loads it anew.
+struct Serving(Arc<Shared>);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.status.send_if_modified(|status| {
+            let unsaid = matches!(status, Status::Serving);
+            if unsaid {
+                *status = Status::Fenced("its owner's task ended".to_owned());
+            }
+            unsaid
+        });
+    }
+}
+
 impl Owner {
     pub(super) fn new(ledgers: ManagedLedgers, shared: Arc<Shared>, loaded: Loaded) -> Self {
         let next_offset = loaded.current.list.closed_end();
@@ -153,6 +170,7 @@ impl Owner {
             lost: loaded.lost,
             want: Want::default(),
             tier,
+            compact: Compact::new(),
             limits: Limits::default(),
             data_ledger: OpenLedger::default(),
             snapshot_bytes: 0,
@@ -168,6 +186,7 @@ impl Owner {
 
     /// Serves until the segment is fenced or closed, or nobody holds it any more.
     pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let _serving = Serving(Arc::clone(&self.shared));
         let token = self.ledgers.cancel();
         let mut stopped = pin!(token.cancelled());
         let mut standing_turns = pin!(self.standing_turns());
@@ -209,10 +228,14 @@ impl Owner {
                 },
                 event = self.tier.next() => match event {
                     TierEvent::PolicySet => {
-                        self.tier.due = true;
+                        (self.tier.due, self.compact.due) = (true, true);
                         self.watch_backlog();
                     }
                     TierEvent::UploadEnded(outcome) => self.upload_ended(outcome),
+                },
+                event = self.compact.next() => match event {
+                    CompactEvent::Asked => {}
+                    CompactEvent::Ended(result) => self.compaction_ended(result),
                 },
                 found = self.limits.searched() => self.expire(found),
                 () = until(hold_ends) => self.refuse_held(),
@@ -242,6 +265,7 @@ impl Owner {
             Command::Cursor(change, answer) => self.change_cursor(change, answer),
             Command::Leases(id, leases) => self.log_leases(id, &leases),
             Command::Offload(roll, watcher) => self.begin_offload(roll, watcher),
+            Command::Compact(watcher) => self.compact_now(watcher),
             Command::Roll(ledger) => self.roll(ledger),
             Command::Close(answer) => self.begin_close(Some(answer)),
         }
@@ -293,6 +317,7 @@ impl Owner {
         if self.job.is_none() && self.retry_at.is_none() && self.may_change() {
             self.job = self.next_job();
         }
+        self.start_compaction();
         self.note_waiting();
     }
 
@@ -331,7 +356,8 @@ impl Owner {
         {
             self.want.rest = true;
         }
-        self.tier.due = true;
+        (self.tier.due, self.compact.due) = (true, true);
+        self.shared.view.expire_caches();
         self.watch_backlog();
         self.note_ended_streams();
         self.window.expire_sessions(self.now_ms().saturating_sub(session_idle_ms));
@@ -347,6 +373,7 @@ impl Owner {
     fn begin_close(&mut self, answer: Option<oneshot::Sender<()>>) {
         self.closing.get_or_insert_with(Vec::new).extend(answer);
         self.fail_held(&PublishError::Closed);
+        self.compact.stop();
         self.want.rest = true;
     }
 
@@ -383,7 +410,7 @@ impl Owner {
                 Command::Publish(_, answer) => drop(answer.send(Err(PublishError::Fenced))),
                 Command::OpenProducer(_, answer) => drop(answer.send(Err(ProducerError::Fenced))),
                 Command::Cursor(_, answer) => drop(answer.send(Err(SettleError::Fenced))),
-                Command::Offload(_, watcher) => drop(watcher),
+                Command::Offload(_, watcher) | Command::Compact(watcher) => drop(watcher),
                 Command::Roll(_) | Command::Leases(..) => {}
                 Command::Close(answer) => drop(answer.send(())),
             }

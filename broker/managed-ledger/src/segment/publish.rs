@@ -297,6 +297,7 @@ impl Owner {
             index: Some(batch.index),
             control: None,
             traceparent: batch.traceparent,
+            ..EntryHeader::default()
         };
         self.next_offset = self.next_offset.advance(u64::from(batch.count));
         self.data.pending.push_back(Item::Batch(Box::new(Batch {
@@ -389,7 +390,7 @@ impl Owner {
         if keep {
             let stored =
                 StoredBatch { base_offset: base, header: batch.header, payload: batch.payload };
-            self.shared.view.cache.insert(stored);
+            self.shared.view.keep_at_tail(stored);
         }
         let stored = Stored { base_offset: Some(base), count, duplicate: false };
         self.receipts.push((batch.answer, stored));
@@ -400,6 +401,7 @@ impl Owner {
 
     fn after_data(&mut self) {
         let stored = std::mem::take(&mut self.stored_bytes);
+        self.ledgers.note_traffic(stored);
         self.note_stored(stored);
         let config = &self.ledgers.parts().config;
         // One that is being closed is full already, and the next one is not.

@@ -51,6 +51,7 @@ pub(super) struct TierErrors {
     pub(super) upload: String,
     /// Of a trim or a deletion.
     pub(super) change: String,
+    pub(super) compaction: String,
 }
 
 /// An upload beside the owner; it ends with its owner.
@@ -193,6 +194,7 @@ impl Owner {
             policy: policy.as_ref(),
             slowest: self.slowest_cursor(),
             dedup_next: self.tier.dedup.next,
+            compacting: self.compact.is_running(),
             open_bytes: self.shared.view.open_bytes(),
             forced: &self.tier.forced.ledgers,
         })

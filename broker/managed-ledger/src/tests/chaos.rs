@@ -120,6 +120,9 @@ async fn serve(log: &ManagedLedger, known: &mut Known, random: &Random, first_st
                 }
             }
             settle(log, known, random).await;
+            if random.chance(0.1) {
+                drop(log.compact_now());
+            }
             if failed {
                 pass(0.05).await;
                 break;
@@ -155,6 +158,17 @@ async fn check(world: &World, known: &Known, seed: u64) {
     for (hi, base) in &known.stored {
         assert!(all.iter().any(|(b, _, h)| (b, h) == (base, hi)), "seed {seed}: {hi} is lost");
     }
+    // These payloads are no records: a compaction keeps all of them.
+    let mut compacted = Vec::new();
+    let (mut next, end) = (Offset(0), *log.end().borrow());
+    while next < end {
+        let read = log.read_compacted(next, None, 1 << 20, 1_000).await.expect("readable");
+        compacted
+            .extend(read.batches.iter().map(|batch| (batch.base_offset.0, batch.header.count)));
+        next = read.next;
+    }
+    let same = all.iter().map(|(base, count, _)| (*base, *count));
+    assert!(compacted.into_iter().eq(same), "seed {seed}: the view lost something");
     let view = log.cursor(SUB).expect("it was made");
     let is_settled = |offset: u64| {
         view.mark_delete_next.0 > offset
@@ -175,5 +189,7 @@ async fn check(world: &World, known: &Known, seed: u64) {
         );
     }
     assert!(known.settles.iter().filter(|run| run.2).count() > 10, "seed {seed}");
+    pass(60.0).await;
+    assert!(world.list().await.compacting.is_empty(), "seed {seed}: a view that nobody writes");
     world.check_metadata().await;
 }

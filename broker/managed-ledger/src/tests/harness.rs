@@ -215,13 +215,13 @@ impl World {
     pub(super) async fn check_metadata(&self) {
         let list = self.list().await;
         for ledger in self.ledgers().await {
-            let listed = list.ledgers().find(|(_, listed)| listed.id == ledger.id);
+            let listed = list.all_ledgers().find(|listed| listed.id == ledger.id);
             match listed {
-                Some((_, listed)) if listed.stage() == Some(Stage::LedgerDeleted) => assert!(
+                Some(listed) if listed.stage() == Some(Stage::LedgerDeleted) => assert!(
                     matches!(ledger.state, geminga_bookie_client::LedgerState::Deleted { .. }),
                     "{listed:?}"
                 ),
-                Some((_, listed)) => {
+                Some(listed) => {
                     assert_eq!(
                         listed.state == ListedState::Closed,
                         ledger.is_closed(),
@@ -390,24 +390,38 @@ pub(super) fn offset(offset: u64) -> Offset {
     Offset(offset)
 }
 
+/// Entries that bookies lost.
+pub(super) type Lost = Arc<Mutex<Vec<(LedgerId, EntryId)>>>;
+
 /// A bookie that lost some entries, and does not know: it says no to them; or whose reads take their time.
 #[derive(Clone, Debug)]
 pub(super) struct Forgetful {
     inner: MemoryBookie,
-    lost: Arc<Mutex<Vec<(LedgerId, EntryId)>>>,
+    lost: Lost,
     reads_take: Arc<Mutex<Duration>>,
 }
 
 impl World {
     /// From now on all bookies may forget entries.
-    pub(super) fn forgetful(&self) -> Arc<Mutex<Vec<(LedgerId, EntryId)>>> {
-        let lost = Arc::new(Mutex::new(Vec::new()));
+    pub(super) fn forgetful(&self) -> Lost {
+        let lost = Lost::default();
         for (id, bookie) in &self.bookies {
             let (lost, reads_take) = (Arc::clone(&lost), Arc::default());
             let bookie = Forgetful { inner: bookie.clone(), lost, reads_take };
             self.loopback.attach(Incarnation(*id), Arc::new(bookie));
         }
         lost
+    }
+
+    /// Both, as long as the test says.
+    pub(super) fn slow_and_forgetful(&self) -> (Lost, Arc<Mutex<Duration>>) {
+        let (lost, reads_take) = (Lost::default(), Arc::default());
+        for (id, bookie) in &self.bookies {
+            let (lost, reads_take) = (Arc::clone(&lost), Arc::clone(&reads_take));
+            let bookie = Forgetful { inner: bookie.clone(), lost, reads_take };
+            self.loopback.attach(Incarnation(*id), Arc::new(bookie));
+        }
+        (lost, reads_take)
     }
 
     /// From now on every read takes so long.

@@ -47,6 +47,7 @@ async fn messages_older_than_their_time_count_as_settled_for_every_subscription(
     assert_eq!(mark(&log), 20);
     assert_eq!(log.cursor(OTHER_SUB).expect("there").mark_delete_next, offset(20));
     assert_eq!(node.metrics.expired_messages.get(), 15 + 20);
+    assert_eq!((log.evicted(SUB), log.evicted(OTHER_SUB)), (15, 20), "of each");
     node.kill();
     let log = world.node().load().await;
     assert_eq!(mark(&log), 20, "it is durable");
@@ -158,6 +159,7 @@ async fn evicting_moves_the_slowest_cursors_and_counts_what_they_lose() {
     assert!((100..200).contains(&lost), "{lost}");
     assert!(log.backlog(Offset(lost)).bytes < 2_400, "{:?}", log.backlog(Offset(lost)));
     assert_eq!(node.metrics.evicted_messages.get(), lost, "the other one lost nothing");
+    assert_eq!((log.evicted(SUB), log.evicted(OTHER_SUB)), (lost, 0));
     let other = log.cursor(OTHER_SUB).expect("there");
     assert_eq!(other.mark_delete_next, offset(200));
     node.kill();

@@ -1,7 +1,9 @@
 //! The crate as a whole: segments over an in-memory store and in-memory bookies, on virtual time.
 
 mod access;
+mod catch_up;
 mod chaos;
+mod compaction;
 mod cursors;
 mod dedup;
 mod failures;

@@ -12,6 +12,9 @@ impl<B: Batch> Core<B> {
             return None;
         }
         self.replay_wanted = None;
+        if self.held_by_rate() {
+            return None;
+        }
         let frontier = self.frontier;
         let delivery = match self.policy.kind {
             Kind::KeyShared => self.deliver_ready_keys().or_else(|| {
@@ -95,24 +98,46 @@ impl<B: Batch> Core<B> {
     }
 
     fn deliver_ready(&mut self) -> Option<Delivery<B>> {
-        let first = self.ready_first()?;
-        let (consumer, room) = self.taker()?;
-        let Some(batch) = self.at_hand(first) else {
-            self.replay_wanted = Some(first);
-            return None;
-        };
-        let (_, _, State::Ready { attempt }) = self.states.get(first)? else { return None };
-        let (mut runs, mut messages) = (Vec::new(), 0);
-        for (start, end, state) in self.states.within(first, batch.end().min(self.frontier)) {
-            if state == (State::Ready { attempt }) && messages < room && runs.len() < RUNS_MAX {
-                let end = end.min(start + room - messages);
-                messages += end - start;
-                runs.push((start, end));
-            } else if !self.policy.kind.is_shared() && matches!(state, State::Ready { .. }) {
-                break; // in order, under another attempt
+        loop {
+            let first = self.ready_first()?;
+            let (consumer, room) = self.taker()?;
+            let Some(batch) = self.at_hand(first) else {
+                self.replay_wanted = Some(first);
+                return None;
+            };
+            if self.park_early(&batch) {
+                continue;
             }
+            let (_, _, State::Ready { attempt }) = self.states.get(first)? else { return None };
+            let (mut runs, mut messages) = (Vec::new(), 0);
+            for (start, end, state) in self.states.within(first, batch.end().min(self.frontier)) {
+                if state == (State::Ready { attempt }) && messages < room && runs.len() < RUNS_MAX {
+                    let end = end.min(start + room - messages);
+                    messages += end - start;
+                    runs.push((start, end));
+                } else if !self.policy.kind.is_shared() && matches!(state, State::Ready { .. }) {
+                    break; // in order, under another attempt
+                }
+            }
+            return Some(self.give(consumer, batch, runs, attempt));
         }
-        Some(self.give(consumer, batch, runs, attempt))
+    }
+
+    /// Of a distant run whose first message is due, those of this batch that are not wait again. True: there were some.
+    fn park_early(&mut self, batch: &B) -> bool {
+        if !self.policy.kind.is_shared() || !batch.has_delays() {
+            return false;
+        }
+        let undelivered = State::Ready { attempt: 1 };
+        let runs = self.runs_where(batch.base(), batch.end(), |state| state == undelivered);
+        let early: Vec<(u64, u64)> = runs
+            .iter()
+            .flat_map(|run| run.0..run.1)
+            .map(|offset| (offset, batch.deliver_at((offset - batch.base()) as u32)))
+            .filter(|(_, due)| *due > self.now_ms)
+            .collect();
+        early.iter().for_each(|(offset, due)| self.park(*offset, *due));
+        !early.is_empty()
     }
 
     fn deliver_fresh(&mut self) -> Option<Delivery<B>> {
@@ -148,10 +173,8 @@ impl<B: Batch> Core<B> {
                         _ => runs.push((start, start + 1)),
                     }
                     messages += 1;
-                } else if self.parked >= self.limits.parked_messages_max {
-                    break;
                 } else {
-                    self.put(start, start + 1, Some(State::Waiting { attempt: 1, due }));
+                    self.park(start, due);
                 }
                 at = start + 1;
             }
@@ -181,6 +204,7 @@ impl<B: Batch> Core<B> {
         attempt: u32,
     ) -> Delivery<B> {
         let (lease_ms, until) = (self.lease_of(consumer), self.lease_until(consumer));
+        let batch = batch.cut(&runs);
         let mut messages = 0;
         for (start, end) in &runs {
             self.put(*start, *end, Some(State::Held { by: consumer, attempt, until }));
@@ -190,6 +214,7 @@ impl<B: Batch> Core<B> {
             known.used_messages += messages;
             known.used_bytes += batch.bytes();
         }
+        self.charge(messages, batch.bytes());
         self.turn = consumer;
         if attempt > 1 {
             self.tally.redelivered += messages;

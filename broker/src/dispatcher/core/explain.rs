@@ -23,6 +23,7 @@ pub enum HeldBy {
     Read,
     Grace,
     HolesLimit,
+    RateLimit,
 }
 
 /// A class of messages.
@@ -62,7 +63,7 @@ struct Classes(BTreeMap<HeldBy, HeldUp>);
 
 impl Classes {
     fn add(&mut self, by: HeldBy, (start, end): (u64, u64), consumer: &str, until_ms: u64) {
-        let messages = end - start;
+        let messages = end.saturating_sub(start);
         if messages == 0 {
             return;
         }
@@ -95,7 +96,7 @@ impl<B: Batch> Core<B> {
         let fresh = self.why_not();
         let mut at = self.mark_delete;
         while let Some((start, end)) = self.next_without_state(at, self.end) {
-            classes.add(fresh, (start, end), "", 0);
+            self.classify_fresh(&mut classes, (start, end), fresh);
             at = end;
         }
         let consumers = self.consumers.iter().map(|(id, consumer)| ConsumerSeen {
@@ -117,6 +118,30 @@ impl<B: Batch> Core<B> {
         }
     }
 
+    /// What no consumer has come to: of what was read ahead it is known what waits for a time.
+    fn classify_fresh(&self, classes: &mut Classes, run: (u64, u64), fresh: HeldBy) {
+        let until = self.until_of(fresh);
+        let mut at = run.0;
+        if self.policy.kind.is_shared() {
+            let read = self.queue.iter().filter(|batch| batch.has_delays());
+            for batch in read.filter(|batch| batch.base() < run.1 && batch.end() > run.0) {
+                for offset in batch.base().max(run.0)..batch.end().min(run.1) {
+                    let due = batch.deliver_at((offset - batch.base()) as u32);
+                    if due > self.now_ms {
+                        classes.add(fresh, (at, offset), "", until);
+                        classes.add(HeldBy::Delay, (offset, offset + 1), "", due);
+                        at = offset + 1;
+                    }
+                }
+            }
+        }
+        classes.add(fresh, (at, run.1), "", until);
+    }
+
+    fn until_of(&self, by: HeldBy) -> u64 {
+        if by == HeldBy::RateLimit { self.rate_until() } else { 0 }
+    }
+
     fn classify(&self, classes: &mut Classes, run: (u64, u64), state: State) {
         let name = |id: u64| self.consumers.get(&id).map_or("", |consumer| consumer.name.as_str());
         match state {
@@ -129,16 +154,24 @@ impl<B: Batch> Core<B> {
             },
             State::Settling { by, .. } => classes.add(HeldBy::Lease, run, name(by), 0),
             State::Ending { .. } | State::Gone => classes.add(HeldBy::Nothing, run, "", 0),
-            State::Waiting { due, .. } => classes.add(HeldBy::Delay, run, "", due),
-            State::Kept { .. } => classes.add(HeldBy::Grace, run, "", self.grace_until),
+            State::Waiting { due, .. } | State::Distant { due } => {
+                classes.add(HeldBy::Delay, run, "", due);
+            }
+            State::Kept { by, .. } => {
+                let name = self.kept_names.get(&by).map_or("", String::as_str);
+                classes.add(HeldBy::Grace, run, name, self.grace_until);
+            }
             State::Dead => classes.add(HeldBy::DeadLetter, run, "", 0),
             State::Ready { .. } if self.policy.kind == Kind::KeyShared => {
                 for offset in run.0..run.1 {
                     let (by, consumer) = self.why_not_by_key(offset);
-                    classes.add(by, (offset, offset + 1), consumer, 0);
+                    classes.add(by, (offset, offset + 1), consumer, self.until_of(by));
                 }
             }
-            State::Ready { .. } => classes.add(self.why_not(), run, "", 0),
+            State::Ready { .. } => {
+                let by = self.why_not();
+                classes.add(by, run, "", self.until_of(by));
+            }
         }
     }
 
@@ -160,6 +193,7 @@ impl<B: Batch> Core<B> {
             () if consumer.credit() == 0 => HeldBy::NoCredit,
             () if unacked => HeldBy::UnackedLimit,
             () if !consumer.outbox_open => HeldBy::SlowConnection,
+            () if self.rate_holds() => HeldBy::RateLimit,
             () if self.read_failed || self.replaying.is_some() => HeldBy::Read,
             () => HeldBy::Nothing,
         };
@@ -195,6 +229,9 @@ impl<B: Batch> Core<B> {
         if !any(&|consumer| self.room(consumer) > 0) {
             return HeldBy::SlowConnection;
         }
+        if self.rate_holds() {
+            return HeldBy::RateLimit;
+        }
         if self.full() {
             return HeldBy::HolesLimit;
         }
@@ -220,20 +257,35 @@ impl<B: Batch> Core<B> {
     pub fn delayed(&self, after: (u64, u64), most: usize) -> Vec<(u64, u64, u64, u32)> {
         let from = (after.0, after.1, u64::MAX);
         let next = self.timers.range((std::ops::Bound::Excluded(from), std::ops::Bound::Unbounded));
-        next.take(most)
-            .map(|(due, start, end)| {
-                let attempt = match self.states.get(*start) {
-                    Some((_, _, State::Waiting { attempt, .. })) => attempt,
-                    _ => 1,
-                };
-                (*due, *start, *end, attempt)
-            })
-            .collect()
+        next.filter_map(|(due, start, end)| match self.states.get(*start) {
+            Some((_, _, State::Waiting { attempt, .. })) => Some((*due, *start, *end, attempt)),
+            _ => None,
+        })
+        .take(most)
+        .collect()
+    }
+
+    /// Runs whose messages, by their times, must be looked for in the log: those that wait as one, and what no consumer has come
+    /// to yet.
+    #[must_use]
+    pub fn not_told_apart(&self) -> Vec<(u64, u64)> {
+        let distant = |state| matches!(state, State::Distant { .. });
+        let mut runs: Vec<(u64, u64)> = if self.distant == 0 {
+            Vec::new()
+        } else {
+            self.runs_where(self.mark_delete, u64::MAX, distant)
+                .iter()
+                .map(|r| (r.0, r.1))
+                .collect()
+        };
+        runs.push((self.frontier, u64::MAX));
+        runs
     }
 
     /// Messages that wait for a time, and consumers that are there.
     #[must_use]
     pub fn gauges(&self) -> (u64, u64) {
-        (self.parked.saturating_sub(self.ready.len()), self.consumers.len() as u64)
+        let waiting = self.parked.saturating_sub(self.ready.len()) + self.distant;
+        (waiting, self.consumers.len() as u64)
     }
 }

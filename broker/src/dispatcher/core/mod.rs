@@ -1,15 +1,15 @@
 //! The dispatcher's decisions: events in, actions out. No clock, socket or lock; time is handed in.
 //!
 //! Level-triggered: [`Core::step`] looks at the whole state, never at what just happened, so no lost wake-up can stop it.
-//! Progress rule (promise 2): with credit, room for unacknowledged messages, an open outbox and something deliverable,
-//! `step` returns an action; else [`Core::explain`] names the class of every message that is held up, and the classes add
+//! Progress rule (promise 2): with credit, room for unacknowledged messages, an open outbox, a rate that is not used up and
+//! something deliverable, `step` returns an action; else [`Core::explain`] names the class of every message that is held up, and the classes add
 //! up to the backlog.
 //!
 //! - `state`: what an offset may be, and the counts that follow each change;
 //! - `consumers`: who is there, with what credit; attach, claims (L4), loss, grace; `active`: failover;
 //! - `deliver`: who gets what next; `keys`: the same, by key, and the table (L5); `reads`: what must be read for it;
 //! - `verbs`: settles; `records`: what must be durable before it counts (L1, L3); `dead`: dead letters;
-//! - `time`: leases, delays, grace; `handover`: what the next owner learns (L2, L4); `explain`: why not.
+//! - `time`: leases, delays, grace; `rate`: what a policy allows; `handover`: what the next owner learns (L2, L4); `explain`: why not.
 //!
 //! Byte credit: a delivery begins only while some is left, and may exceed it by the rest of that one batch. A batch
 //! cannot be cut, and a consumer whose whole grant is smaller than one batch must not be stuck for ever.
@@ -21,6 +21,7 @@ mod deliver;
 mod explain;
 mod handover;
 mod keys;
+mod rate;
 mod reads;
 mod records;
 mod state;
@@ -43,6 +44,7 @@ pub use types::{
 use super::{RangeSet, RunMap};
 use consumers::Consumer;
 use keys::Keys;
+use rate::Rate;
 use records::Recording;
 use state::State;
 
@@ -53,6 +55,7 @@ pub struct Core<B> {
     limits: CoreLimits,
     owner: Owner,
     now_ms: u64,
+    rate: Rate,
 
     end: u64,
     mark_delete: u64,
@@ -73,6 +76,8 @@ pub struct Core<B> {
     unacked: u64,
     /// Ready or waiting.
     parked: u64,
+    /// In runs that wait for a time as one.
+    distant: u64,
     /// Whose attempt ended, and that is being recorded.
     ending: u64,
 
@@ -81,6 +86,8 @@ pub struct Core<B> {
     turn: u64,
     /// Until then what was recorded as leased belongs to those who may come back (L4).
     grace_until: u64,
+    /// What they are called.
+    kept_names: BTreeMap<u64, String>,
 
     /// Failover.
     active: Option<u64>,
@@ -142,6 +149,7 @@ impl<B: Batch> Core<B> {
             policy,
             owner,
             now_ms,
+            rate: Rate::default(),
             end,
             mark_delete: restored.mark_delete,
             settled: restored.settled,
@@ -153,10 +161,12 @@ impl<B: Batch> Core<B> {
             holes_max: usize::MAX,
             unacked: 0,
             parked: 0,
+            distant: 0,
             ending: 0,
             consumers: BTreeMap::new(),
             turn: 0,
             grace_until: if graced { now_ms.saturating_add(limits.grace_ms) } else { 0 },
+            kept_names: BTreeMap::new(),
             limits,
             active: None,
             wanted: None,
@@ -202,6 +212,7 @@ impl<B: Batch> Core<B> {
         }
         // A lease may lie above what is pending under the same attempt.
         for lease in leases {
+            self.kept_names.insert(lease.consumer, lease.name);
             for (start, end) in lease.runs {
                 let kept = State::Kept { by: lease.consumer, attempt: lease.attempt };
                 self.put_unsettled(start, end, kept);
@@ -237,6 +248,11 @@ impl<B: Batch> Core<B> {
     #[must_use]
     pub fn policy(&self) -> Policy {
         self.policy
+    }
+
+    /// Consumers that there may be; those who are there stay.
+    pub fn on_consumers_max(&mut self, consumers_max: usize) {
+        self.limits.consumers_max = consumers_max;
     }
 
     /// The topic has so many segments, which failover consumers share.
@@ -288,7 +304,12 @@ impl<B: Batch> Core<B> {
 
     /// Whether as much is out of order as may be: nothing later is looked at.
     fn full(&self) -> bool {
-        self.parked >= self.limits.parked_messages_max || self.settled.runs() >= self.holes_max
+        let parked = match self.policy.kind {
+            // What waits for its first delivery needs no room of its own ([`State::Distant`]).
+            Kind::Shared => self.timers.len() as u64 / 2,
+            _ => self.parked,
+        };
+        parked >= self.limits.parked_messages_max || self.settled.runs() >= self.holes_max
     }
 
     /// What was counted since the last call.
@@ -319,6 +340,7 @@ impl<B: Batch> Core<B> {
             && self.dead.is_empty()
             && self.out.is_empty()
             && self.now_ms >= self.grace_until
+            && self.owes_nothing()
     }
 
     fn resetting(&self) -> bool {

@@ -148,7 +148,13 @@ impl<B: Batch> Core<B> {
         let first = first.min(self.end);
         self.next_read = self.next_read.max(first);
         let parked = |state| {
-            matches!(state, State::Ready { .. } | State::Waiting { .. } | State::Kept { .. })
+            matches!(
+                state,
+                State::Ready { .. }
+                    | State::Waiting { .. }
+                    | State::Distant { .. }
+                    | State::Kept { .. }
+            )
         };
         let mut gone: Vec<(u64, u64)> =
             self.runs_where(self.mark_delete, first, parked).iter().map(|r| (r.0, r.1)).collect();

@@ -125,6 +125,7 @@ impl<B: Batch> Core<B> {
                 for (start, end, state) in runs.clone() {
                     let state = match state {
                         Some(State::Waiting { attempt, due }) => self.parked_state(attempt, due),
+                        Some(distant @ State::Distant { due }) if due > self.now_ms => distant,
                         // Looked at again, unless the frontier has passed it.
                         _ if start >= self.frontier => {
                             self.put(start, end, None);

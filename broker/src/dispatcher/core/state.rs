@@ -1,6 +1,6 @@
 //! What an offset may be, and the counts that follow each change of it.
 
-use super::{Batch, Core};
+use super::{Batch, Core, Kind};
 
 /// An offset that is neither settled nor fresh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +13,9 @@ pub(super) enum State {
     Ending { attempt: u32 },
     /// To be delivered under this attempt, not before a time.
     Waiting { attempt: u32, due: u64 },
+    /// Messages with times of their own, none before this one, which are not told apart: memory has no room for each (L6). When
+    /// it comes they are ready to be read again, and each waits for its own time or is delivered.
+    Distant { due: u64 },
     /// To be delivered under this attempt.
     Ready { attempt: u32 },
     /// With a consumer of the owner before, which may come back (L4).
@@ -32,7 +35,18 @@ impl State {
     fn is_parked(self) -> bool {
         matches!(self, Self::Waiting { .. } | Self::Ready { .. })
     }
+
+    /// When it has its turn by time alone.
+    fn timer(self) -> Option<u64> {
+        match self {
+            Self::Waiting { due, .. } | Self::Distant { due } => Some(due),
+            _ => None,
+        }
+    }
 }
+
+/// Messages of one [`State::Distant`] run.
+const DISTANT_RUN_MAX: u64 = 4_096;
 
 impl<B: Batch> Core<B> {
     /// What waits, or is ready if its time has come.
@@ -54,12 +68,12 @@ impl<B: Batch> Core<B> {
         }
         let (gone, came) = self.states.put(start, end, state);
         for (s, e, run) in gone {
-            if let State::Waiting { due, .. } = run {
+            if let Some(due) = run.timer() {
                 self.timers.remove(&(due, s, e));
             }
         }
         for (s, e, run) in came {
-            if let State::Waiting { due, .. } = run {
+            if let Some(due) = run.timer() {
                 self.timers.insert((due, s, e));
             }
         }
@@ -69,12 +83,30 @@ impl<B: Batch> Core<B> {
         self.keys_changed(start, end, state);
     }
 
+    /// A message that was never delivered waits for its time: by itself, or where memory has no room for more of these, as one
+    /// of a run with its neighbours.
+    pub(super) fn park(&mut self, offset: u64, due: u64) {
+        if self.policy.kind != Kind::Shared
+            || self.timers.len() as u64 <= self.limits.parked_messages_max
+        {
+            return self.put(offset, offset + 1, Some(State::Waiting { attempt: 1, due }));
+        }
+        let due = due.max(self.now_ms.saturating_add(self.limits.run_pause_ms));
+        let (start, due) = match offset.checked_sub(1).and_then(|before| self.states.get(before)) {
+            Some((start, _, State::Distant { due: first })) if offset - start < DISTANT_RUN_MAX => {
+                (start, due.min(first))
+            }
+            _ => (offset, due),
+        };
+        self.put(start, offset + 1, Some(State::Distant { due }));
+    }
+
     fn leave(&mut self, start: u64, end: u64, old: State) {
         let messages = end - start;
-        if old.is_parked() {
-            self.parked -= messages;
-        } else {
-            self.unacked -= messages;
+        match old {
+            State::Distant { .. } => self.distant -= messages,
+            _ if old.is_parked() => self.parked -= messages,
+            _ => self.unacked -= messages,
         }
         if old.is_ending() {
             self.ending -= messages;
@@ -92,10 +124,10 @@ impl<B: Batch> Core<B> {
 
     fn enter(&mut self, start: u64, end: u64, new: State) {
         let messages = end - start;
-        if new.is_parked() {
-            self.parked += messages;
-        } else {
-            self.unacked += messages;
+        match new {
+            State::Distant { .. } => self.distant += messages,
+            _ if new.is_parked() => self.parked += messages,
+            _ => self.unacked += messages,
         }
         if new.is_ending() {
             self.ending += messages;

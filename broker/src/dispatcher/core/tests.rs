@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use proptest::prelude::*;
 
 use super::{super::KeyRange, *};
+use crate::limits::{Rate as PerSecond, Rates, Throttle};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Stored {
@@ -46,9 +47,16 @@ const LIMITS: CoreLimits = CoreLimits {
     consumers_max: 4,
     read_ahead_bytes_max: 800,
     parked_messages_max: 1_000,
+    run_pause_ms: 10,
     dead_letters_max: 1_000,
     grace_ms: 50,
 };
+
+/// Every other shared one has no room to tell more than two waiting messages apart.
+fn limits(policy: Policy) -> CoreLimits {
+    let tight = policy.kind == Kind::Shared && policy.attempts_max % 2 == 1;
+    CoreLimits { parked_messages_max: if tight { 2 } else { LIMITS.parked_messages_max }, ..LIMITS }
+}
 
 #[derive(Clone, Debug)]
 enum Event {
@@ -70,6 +78,7 @@ enum Event {
     Retry,
     Crash,
     Seek(u64),
+    Rate(Option<u64>),
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -95,6 +104,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => Just(Event::Retry),
         1 => Just(Event::Crash),
         1 => (0u64..100).prop_map(Event::Seek),
+        1 => prop::option::of(0u64..300).prop_map(Event::Rate),
     ]
 }
 
@@ -192,6 +202,9 @@ struct Model {
     crashes: u32,
     /// Deliveries of an offset since the last seek.
     deliveries: BTreeMap<u64, u32>,
+    rate: Throttle,
+    /// The batch that was given last: its rest passes with it.
+    given: Option<u64>,
     core: Core<Stored>,
 }
 
@@ -199,7 +212,8 @@ const OWNER: Owner = Owner { epoch: 3, segment: 1, segments: 4 };
 
 impl Model {
     fn new(policy: Policy) -> Self {
-        let core = Core::new(policy, LIMITS, OWNER, Restored::default(), (0, 1_000));
+        let mut core = Core::new(policy, limits(policy), OWNER, Restored::default(), (0, 1_000));
+        core.on_rate_time(1_000);
         Self {
             policy,
             now: 1_000,
@@ -216,6 +230,8 @@ impl Model {
             read_fails: false,
             crashes: 0,
             deliveries: BTreeMap::new(),
+            rate: Throttle::default(),
+            given: None,
             core,
         }
     }
@@ -267,9 +283,14 @@ impl Model {
     fn apply(&mut self, event: Event) -> Result<(), TestCaseError> {
         match event {
             Event::Append { count, bytes, delay } => {
-                let delays = delay.map(|delay| {
-                    (0..count).map(|at| if at % 2 == 0 { self.now + delay } else { 0 }).collect()
-                });
+                let delays =
+                    delay.map(|delay| {
+                        (0..count)
+                            .map(|at| {
+                                if at % 4 == 3 { 0 } else { self.now + delay + u64::from(at) * 17 }
+                            })
+                            .collect()
+                    });
                 let delays = delays.unwrap_or_default();
                 self.log.push(Stored { base: self.end, count, bytes, delays });
                 self.end += u64::from(count);
@@ -377,6 +398,7 @@ impl Model {
             Event::Time(more) => {
                 self.now += more;
                 self.core.on_time(self.now);
+                self.core.on_rate_time(self.now);
                 self.peers
                     .retain(|peer| peer.here || self.core.names().any(|(id, _)| id == peer.id));
             }
@@ -390,6 +412,12 @@ impl Model {
             Event::Crash => self.crash(),
             Event::Seek(to) => {
                 self.core.reset(to.min(self.end));
+            }
+            Event::Rate(per_s) => {
+                let messages = per_s.map(|per_s| PerSecond { per_s, parts: 2 });
+                let rates = Rates { messages, bytes: None };
+                self.rate.set(rates, self.now);
+                self.core.on_rates(rates);
             }
         }
         self.drain()
@@ -524,11 +552,15 @@ impl Model {
                 left_ms: 1,
             });
         }
-        self.core = Core::new(self.policy, LIMITS, OWNER, restored, (self.end, self.now));
+        self.core =
+            Core::new(self.policy, limits(self.policy), OWNER, restored, (self.end, self.now));
+        self.core.on_rate_time(self.now);
+        self.rate = Throttle::default();
     }
 
     fn drain(&mut self) -> Result<(), TestCaseError> {
         let mut steps = 0;
+        self.given = None;
         while let Some(action) = self.core.step() {
             steps += 1;
             prop_assert!(steps < 10_000, "it does not spin");
@@ -608,6 +640,10 @@ impl Model {
         prop_assert!(peer.is_some(), "to somebody who is there");
         let peer = peer.expect("checked");
         prop_assert!(peer.here && peer.outbox);
+        let of_one = self.given.replace(delivery.batch.base) == Some(delivery.batch.base);
+        let passes = self.rate.wait_ms(self.now) == Some(0);
+        prop_assert!(passes || (of_one && self.policy.kind == Kind::KeyShared), "past the rate");
+        self.rate.take(delivery.messages, delivery.batch.bytes, self.now);
         peer.used += delivery.messages;
         prop_assert!(peer.used <= peer.granted, "never beyond the messages granted");
         let offsets: Vec<u64> = delivery.runs.iter().flat_map(|run| run.0..run.1).collect();
@@ -689,6 +725,12 @@ impl Model {
             if held.by == HeldBy::Read {
                 prop_assert!(self.core.read_failed, "stuck in a read: {held:?}");
             }
+            if held.by == HeldBy::RateLimit {
+                let wait = self.rate.wait_ms(self.now);
+                prop_assert!(wait != Some(0), "the rate lets it go: {held:?}");
+                prop_assert_eq!(held.until_ms, wait.map_or(0, |wait| self.now + wait));
+                prop_assert_eq!(self.core.next_rate_ms(), wait, "it wakes by time");
+            }
             if held.by == HeldBy::Key {
                 prop_assert_eq!(self.policy.kind, Kind::KeyShared);
             }
@@ -712,6 +754,7 @@ impl Model {
     /// With enough of everything, all that is stored is settled in the end.
     fn finish(&mut self) -> Result<(), TestCaseError> {
         self.read_fails = false;
+        self.apply(Event::Rate(None))?;
         for round in 0..400u64 {
             self.core.on_retry();
             if self.peers.iter().all(|peer| !peer.here) {
@@ -846,6 +889,92 @@ fn at_its_most_holes_nothing_fresh_is_given_until_the_oldest_are_settled() {
 }
 
 #[test]
+fn a_rate_lets_a_second_go_and_then_what_time_brings() {
+    let (mut core, _) = with_one(25);
+    let messages = Some(PerSecond { per_s: 10, parts: 1 });
+    core.on_rates(Rates { messages, bytes: None });
+    assert_eq!(deliveries(&mut core).len(), 10);
+    assert_eq!((core.why_not(), core.next_rate_ms()), (HeldBy::RateLimit, Some(1)));
+    let held = core.explain().held;
+    let rate = held.iter().find(|held| held.by == HeldBy::RateLimit).expect("explained");
+    assert_eq!((rate.messages, rate.first, rate.until_ms), (15, 10, 2));
+    core.on_rate_time(500);
+    assert_eq!(deliveries(&mut core).len(), 5);
+    assert!(!core.is_idle());
+    assert_eq!(core.take_tally().throttled_ms, 500);
+    core.on_rates(Rates { messages: Some(PerSecond { per_s: 0, parts: 1 }), bytes: None });
+    core.on_rate_time(60_000);
+    assert_eq!((deliveries(&mut core).len(), core.next_rate_ms()), (0, None), "nothing goes");
+    core.on_rates(Rates::default());
+    assert_eq!(deliveries(&mut core).len(), 10, "and then the rest");
+    core.on_end(26);
+    assert!(core.take_tally().throttled_bytes >= 1);
+}
+
+#[test]
+fn a_large_batch_passes_its_rate_and_the_next_one_waits_until_it_is_paid_back() {
+    let (mut core, _) = with_one(40);
+    let bytes = Some(PerSecond { per_s: 100, parts: 1 });
+    core.on_rates(Rates { messages: None, bytes });
+    let mut given = Vec::new();
+    while let Some(action) = core.step() {
+        match action {
+            Action::Read { of, generation, from, .. } => {
+                let of_20 = |base| Stored { base, count: 20, bytes: 500, delays: Vec::new() };
+                core.on_read(of, generation, vec![of_20(from / 20 * 20)]);
+            }
+            Action::Deliver(delivery) => given.push(delivery.messages),
+            _ => {}
+        }
+    }
+    assert_eq!((given, core.next_rate_ms()), (vec![20], Some(4_001)));
+}
+
+#[test]
+fn what_is_read_ahead_and_waits_for_its_time_is_explained_by_it() {
+    let (mut core, _) = with_one(4);
+    core.on_credit(1, 1_000, 1_000_000);
+    core.on_rates(Rates { messages: Some(PerSecond { per_s: 1, parts: 1 }), bytes: None });
+    let Some(Action::Read { of, generation, .. }) = core.step() else { panic!("reads") };
+    let delays = vec![0, 0, 700, 0];
+    core.on_read(of, generation, vec![Stored { base: 0, count: 4, bytes: 1, delays }]);
+    core.set_credit(1, 1, 100);
+    while core.step().is_some() {}
+    let held: Vec<_> =
+        core.explain().held.iter().map(|held| (held.by, held.messages, held.until_ms)).collect();
+    assert!(held.contains(&(HeldBy::Delay, 1, 700)), "{held:?}");
+    assert!(held.contains(&(HeldBy::NoCredit, 2, 0)), "{held:?}");
+}
+
+#[test]
+fn what_is_kept_after_a_crash_is_explained_by_the_name_of_its_consumer() {
+    let policy = with_one(0).1;
+    let lease = Lease {
+        consumer: 5,
+        name: "before".to_owned(),
+        runs: vec![(0, 2)],
+        attempt: 1,
+        left_ms: 9,
+    };
+    let restored = Restored { leases: vec![lease], ..Restored::default() };
+    let mut core = Core::<Stored>::new(policy, LIMITS, OWNER, restored, (2, 1));
+    let held = core.explain().held;
+    assert_eq!((held[0].by, held[0].consumer.as_str()), (HeldBy::Grace, "before"));
+    core.on_time(1_000);
+    assert_eq!(core.explain().held[0].by, HeldBy::NoConsumer, "nobody came back");
+}
+
+#[test]
+fn a_lowered_number_of_consumers_lets_those_who_are_there_stay() {
+    let (mut core, _) = with_one(0);
+    core.on_consumers_max(1);
+    assert_eq!(core.attach(2, "two", &[]), Err(AttachRefused::TooMany(1)));
+    core.attach(3, "one", &[]).expect("the same one again");
+    core.on_consumers_max(0);
+    assert_eq!(core.names().count(), 1);
+}
+
+#[test]
 fn a_policy_that_settles_by_itself_takes_messages_from_whoever_has_them() {
     let (mut core, _) = with_one(30);
     assert_eq!(deliveries(&mut core).len(), 25);
@@ -877,4 +1006,65 @@ fn a_call_keeps_its_leases_and_gives_its_place_back() {
     assert_eq!(core.names().count(), 0, "its lease ran out, and nobody waits");
     assert_eq!(core.take_tally().leases_expired, 1);
     assert_eq!(policy.kind, Kind::Shared);
+}
+
+/// A hundred thousand messages for later, of which memory may tell a thousand apart, and one for now behind them.
+#[test]
+fn what_memory_cannot_tell_apart_waits_in_runs_and_keeps_nothing_from_its_turn() {
+    let policy = Policy {
+        kind: Kind::Shared,
+        attempts_max: 0,
+        backoff_ms: 0,
+        backoff_ms_max: 0,
+        lease_ms: 1_000_000_000,
+    };
+    let many = 100_000_u64;
+    let tight = CoreLimits {
+        parked_messages_max: 1_000,
+        run_pause_ms: 1_000,
+        unacked_messages_max: 1 << 40,
+        unacked_per_consumer_max: 1 << 40,
+        read_ahead_bytes_max: 1_000_000,
+        ..LIMITS
+    };
+    let due_of = |offset: u64| {
+        if offset == many { 0 } else { 10_000 + offset.wrapping_mul(0x9e37_79b9) % 50_000 }
+    };
+    let batch_of = |base: u64| Stored {
+        base,
+        count: 1_000.min(many + 1 - base) as u32,
+        bytes: 1_000,
+        delays: (base..(base + 1_000).min(many + 1)).map(due_of).collect(),
+    };
+    let mut core = Core::new(policy, tight, OWNER, Restored::default(), (many + 1, 1));
+    core.attach(1, "c", &[]).expect("room for one");
+    core.on_credit(1, u64::MAX, u64::MAX);
+    let mut come = vec![false; many as usize + 1];
+    let mut now = 1_u64;
+    while now < 62_000 {
+        while let Some(action) = core.step() {
+            match action {
+                Action::Read { of, generation, from, .. } => {
+                    let batches = (0..4).map(|n| from / 1_000 * 1_000 + n * 1_000);
+                    let batches = batches.filter(|base| *base <= many).map(batch_of).collect();
+                    core.on_read(of, generation, batches);
+                }
+                Action::Deliver(delivery) => {
+                    for offset in delivery.runs.iter().flat_map(|run| run.0..run.1) {
+                        assert!(!std::mem::replace(&mut come[offset as usize], true), "once");
+                        let late = now.saturating_sub(due_of(offset).max(1));
+                        assert!(due_of(offset) <= now && late <= 2_000, "late by {late} ms");
+                    }
+                }
+                _ => {}
+            }
+        }
+        assert!(come[many as usize], "the one for now did not wait for the others");
+        // A message that had its turn cuts the run it was in; it is held, or a hole, and there is a limit to both.
+        let gaps = come.iter().filter(|come| **come).count();
+        assert!(core.timers.len() <= 1_100 + gaps, "{} timers at {now}", core.timers.len());
+        now += 500;
+        core.on_time(now);
+    }
+    assert!(come.iter().all(|came| *came), "none skipped");
 }

@@ -46,6 +46,9 @@ impl<B: Batch> Core<B> {
                 Some((_, _, State::Waiting { attempt, .. })) => {
                     self.put(start, end, Some(State::Ready { attempt }));
                 }
+                Some((_, _, State::Distant { .. })) => {
+                    self.put(start, end, Some(State::Ready { attempt: 1 }));
+                }
                 _ => {
                     self.timers.remove(&(due, start, end));
                 }
@@ -97,6 +100,7 @@ impl<B: Batch> Core<B> {
                 self.put(start, end, Some(State::Ready { attempt }));
             }
         }
+        self.kept_names.clear();
         self.keys.dirty = true;
     }
 
@@ -113,7 +117,10 @@ impl<B: Batch> Core<B> {
             let waits = self.runs_where(*start, *end, waiting);
             found.extend(waits.into_iter().map(|(start, end, state)| (start, end, Some(state))));
         }
+        let distant = |state| matches!(state, State::Distant { .. });
         for (start, end) in known {
+            let told_apart = self.runs_where(*start, *end, distant);
+            found.extend(told_apart.into_iter().map(|(s, e, state)| (s, e, Some(state))));
             let (mut at, end) = ((*start).max(self.frontier), (*end).min(self.end));
             while let Some((s, e)) = self.next_without_state(at, end) {
                 found.push((s, e, None));

@@ -16,6 +16,12 @@ pub trait Batch: Clone {
     fn deliver_at(&self, at: u32) -> u64;
     /// Whether any of its messages has such a time.
     fn has_delays(&self) -> bool;
+    /// What a delivery of these runs needs of it: a smaller batch with the same messages in them under the same offsets, or
+    /// itself.
+    fn cut(&self, runs: &[(u64, u64)]) -> Self {
+        let _all_of_it = runs;
+        self.clone()
+    }
     /// The offset behind its last message.
     fn end(&self) -> u64 {
         self.base() + u64::from(self.count())
@@ -69,8 +75,11 @@ pub struct CoreLimits {
     pub consumers_max: usize,
     /// Bytes read and not delivered.
     pub read_ahead_bytes_max: u64,
-    /// Messages that wait for a time, a key or a consumer, below the frontier: past it no fresh ones are looked at.
+    /// Messages that wait for a time, a key or a consumer, below the frontier. On shared subscriptions those past it wait as
+    /// runs, not told apart (L6); else no fresh ones are looked at.
     pub parked_messages_max: u64,
+    /// A run of waiting messages that are not told apart is read again at most this often: they may be so late.
+    pub run_pause_ms: u64,
     /// Dead letters whose copy is not stored yet: past it rejects are refused.
     pub dead_letters_max: usize,
     /// How long a consumer may be away.
@@ -291,4 +300,8 @@ pub struct Tally {
     pub dead_lettered: u64,
     pub leases_expired: u64,
     pub key_ranges_moved: u64,
+    /// Time that something deliverable waited for the rate.
+    pub throttled_ms: u64,
+    /// Payload bytes of deliveries that did.
+    pub throttled_bytes: u64,
 }

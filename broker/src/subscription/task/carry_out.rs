@@ -142,6 +142,8 @@ impl Dispatcher {
         metrics.dead_letters.inc_by(tally.dead_lettered);
         metrics.lease_expiries.inc_by(tally.leases_expired);
         metrics.key_range_moves.inc_by(tally.key_ranges_moved);
+        metrics.dispatch_throttled.inc_by(Duration::from_millis(tally.throttled_ms).as_secs_f64());
+        metrics.dispatch_throttled_bytes.inc_by(tally.throttled_bytes);
         let (delayed, consumers) = self.core.gauges();
         let look = self.looked.is_none_or(|looked| looked.elapsed() >= LOOK_EVERY);
         if look {
@@ -191,6 +193,7 @@ impl Dispatcher {
             consumers: consumers.collect(),
             settings: Some(self.settings.clone()),
             summary: summary(&explained),
+            evicted: self.segment.ledger().evicted(self.id),
         }
     }
 }
@@ -209,6 +212,7 @@ fn held_by(by: HeldBy) -> HeldByProto {
         HeldBy::Read => HeldByProto::Read,
         HeldBy::Grace => HeldByProto::Grace,
         HeldBy::HolesLimit => HeldByProto::HolesLimit,
+        HeldBy::RateLimit => HeldByProto::RateLimit,
     }
 }
 
@@ -234,8 +238,13 @@ fn summary(explained: &crate::dispatcher::Explained) -> String {
         }
         HeldBy::SlowConnection => "no consumer reads what it was sent".to_owned(),
         HeldBy::Read => "it is being read, or no copy of it can be read now".to_owned(),
-        HeldBy::Grace => "its consumer may come back".to_owned(),
+        HeldBy::Grace if who.is_empty() => "its consumer may come back".to_owned(),
+        HeldBy::Grace => format!("its consumer {who:?} may come back"),
         HeldBy::HolesLimit => "as many messages as may be wait for a time or a key".to_owned(),
+        HeldBy::RateLimit if next.until_ms == 0 => "the delivery rate lets nothing go".to_owned(),
+        HeldBy::RateLimit => {
+            format!("the delivery rate is used up until {} ms since the epoch", next.until_ms)
+        }
     };
     format!("message {}: {why}", next.first)
 }

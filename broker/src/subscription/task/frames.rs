@@ -9,12 +9,13 @@ use tonic::Status;
 
 use super::{
     super::{
-        dispatchers::Command,
+        dispatchers::{Command, DelayedFound},
         handle::invalid,
-        wanted::{self, SettleWanted},
+        wanted::SettleWanted,
     },
     Dispatcher, Done,
     carry_out::AnswerTo,
+    lives::Ending,
 };
 use crate::{
     dispatcher::{Decision, Redelivery, SettleRefused},
@@ -24,11 +25,9 @@ use crate::{
 impl Dispatcher {
     pub(super) fn frame(&mut self, consumer: u64, frame: Option<Result<ConsumeFrame, Status>>) {
         let Some(member) = self.members.get_mut(&consumer) else { return };
+        member.life.heard();
         let frame = match frame {
-            None => {
-                member.half_closed = true;
-                return;
-            }
+            None => return self.ends(consumer, Ending::HalfClosed),
             Some(Err(status)) => {
                 let gone = member.outbox.is_gone();
                 self.core.detach(consumer, false);
@@ -51,6 +50,7 @@ impl Dispatcher {
                     member.set_gate(self.shared.config.limits.settles_in_flight_max);
                 }
             }
+            Some(Frame::Leave(_)) => self.ends(consumer, Ending::Left),
             Some(Frame::Open(_)) => self.out_of_turn(consumer, "the stream is open already"),
             None => self.out_of_turn(consumer, "a frame of an unknown kind"),
         }
@@ -107,7 +107,8 @@ impl Dispatcher {
                     attempt,
                     due_ms,
                 });
-                let _gone = answer.send(Ok((found.collect(), self.core.frontier())));
+                let in_log = self.core.not_told_apart();
+                let _gone = answer.send(Ok(DelayedFound { known: found.collect(), in_log }));
             }
             Command::Cancel(runs, known, answer) => match self.core.cancel_delayed(&runs, &known) {
                 (messages, None) => drop(answer.send(Ok(messages))),
@@ -115,11 +116,6 @@ impl Dispatcher {
                     self.answers.insert(id, AnswerTo::Cancel(answer, messages));
                 }
             },
-            Command::Settings(settings) => {
-                self.core.on_policy(wanted::policy(&settings));
-                self.dead_letters.settings(&settings);
-                self.settings = settings;
-            }
             Command::Stop(done) => self.stop(done),
             Command::Resume => {}
         }

@@ -17,11 +17,12 @@ use super::{
         wanted,
     },
     Dispatcher,
+    lives::Ending,
 };
 use crate::{
     dispatcher::{AttachRefused, Claimed},
     errors::Refusal,
-    listener::Outbox,
+    listener::{Life, Outbox},
     ownership::Attending,
 };
 
@@ -32,7 +33,8 @@ pub(super) struct Member {
     gate: Gate,
     /// Settles whose answer is on its way.
     pub(super) settles: usize,
-    pub(super) half_closed: bool,
+    pub(super) ending: Option<Ending>,
+    pub(super) life: Life,
     handles: BTreeMap<u32, Bytes>,
     _attending: Attending,
 }
@@ -63,7 +65,8 @@ impl Member {
 
     /// It is listened to while it reads its answers, and has not too many settles on their way.
     pub(super) fn set_gate(&self, settles_max: usize) {
-        self.gate.set(self.outbox.is_open() && self.settles < settles_max);
+        let hears = !matches!(self.ending, Some(Ending::TimeOver));
+        self.gate.set(hears && self.outbox.is_open() && self.settles < settles_max);
     }
 }
 
@@ -87,11 +90,7 @@ impl Dispatcher {
                     let message = format!("the subscription is consumed by {by:?}");
                     Refusal::new(Reason::ConsumerExists, message).with("consumer", by)
                 }
-                AttachRefused::TooMany(most) => {
-                    let message =
-                        format!("the subscription has {most} consumers, as many as it may");
-                    Refusal::new(Reason::TooManyConsumers, message).with("consumers_max", most)
-                }
+                AttachRefused::TooMany(_) => self.too_many_consumers(),
             })
         });
         let attached = match attached {
@@ -108,7 +107,8 @@ impl Dispatcher {
             ended,
             gate: gate.clone(),
             settles: 0,
-            half_closed: false,
+            ending: None,
+            life: self.shared.life(open.heartbeat_ms),
             handles: BTreeMap::new(),
             _attending: self.segment.attend(),
         };
@@ -125,12 +125,19 @@ impl Dispatcher {
             max_outstanding_messages: u32::try_from(unacked_max).unwrap_or(u32::MAX),
             settings: Some(self.settings.clone()),
             granted: granted.collect(),
+            compacted_to: 0,
         }));
         if let Some(go_away) = &self.told {
             member.push(Reply::GoAway(go_away.clone()));
         }
+        self.lives.extend(member.life.next().map(|at| (at, consumer)));
         self.members.insert(consumer, member);
         self.inbound.push(Gated::new(consumer, gate, frames));
+    }
+
+    pub(super) fn too_many_consumers(&self) -> Refusal {
+        let message = "the subscription has consumers on this segment";
+        self.consumers_max.reached(Reason::TooManyConsumers, "consumers_max", message)
     }
 
     /// Handles that are none count for nothing, and say so.
@@ -181,21 +188,11 @@ impl Dispatcher {
             self.core.on_outbox(*consumer, member.outbox.is_open());
         }
         for consumer in gone {
-            self.core.detach(consumer, false);
-            self.finish(consumer, Ok(()));
-        }
-    }
-
-    /// Streams whose client said its last word, and has every answer, end.
-    pub(super) fn let_half_closed_go(&mut self) {
-        let done: Vec<u64> = self
-            .members
-            .iter()
-            .filter(|(_, member)| member.half_closed && member.settles == 0)
-            .map(|(consumer, _)| *consumer)
-            .collect();
-        for consumer in done {
-            self.core.detach(consumer, true);
+            let member = self.members.get(&consumer);
+            let heard_all = member.is_some_and(|member| {
+                member.ending == Some(Ending::HalfClosed) && member.outbox.has_ended()
+            });
+            self.core.detach(consumer, heard_all);
             self.finish(consumer, Ok(()));
         }
     }
@@ -203,6 +200,9 @@ impl Dispatcher {
     /// A stream's last word.
     pub(super) fn finish(&mut self, consumer: u64, result: Result<(), Refusal>) {
         if let Some(member) = self.members.remove(&consumer) {
+            if let Some(at) = member.life.next() {
+                self.lives.remove(&(at, consumer));
+            }
             member.gate.end();
             member.outbox.finish(result.clone());
             let _gone = member.ended.send(result);

@@ -1,16 +1,23 @@
 //! The task of one subscription on one segment: it owns the core and the consumers, carries out what the core says, and
 //! tells it what came of it.
 //!
-//! - `members`: the streams and calls of consumers; `frames`: what they say; `pulls`: those that wait for messages;
+//! - `members`: the streams and calls of consumers; `frames`: what they say; `lives`: their heartbeats and their end; `pulls`:
+//!   those that wait for messages;
 //! - `carry_out`: the core's actions; `reads`: batches into memory, within the broker's budget.
 
 mod carry_out;
 mod frames;
+mod lives;
 mod members;
 mod pulls;
 mod reads;
 
-use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::{
     StreamExt,
@@ -26,24 +33,25 @@ use geminga_proto::{
 };
 use parking_lot::Mutex;
 use tokio::{
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, mpsc, oneshot, watch},
     time::{Instant, Sleep, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
     dead_letters::DeadLetters,
-    dispatchers::{Command, Seen, deleted},
+    dispatchers::{Command, Seen, SettingsRead, deleted},
     durable,
     gate::{Framed, Gated},
     handle::Signer,
     wanted,
 };
 use crate::{
-    catalog::Subscription,
+    catalog::{Limit, Subscription},
     context::{Shared, shutting_down},
     dispatcher::{Core, CoreLimits, Owner, RecordFailed},
     errors::Refusal,
+    limits::SegmentLimits,
     ownership::Segment,
     storage_errors,
 };
@@ -59,6 +67,8 @@ const RETRY: Duration = Duration::from_millis(250);
 const STOP_MAX: Duration = Duration::from_secs(3);
 /// How long one without anything to do stays.
 const IDLE_MAX: Duration = Duration::from_secs(5);
+/// How late messages may be that are past the number told apart, milliseconds (L6).
+const RUN_PAUSE_MS: u64 = 1_000;
 /// How often the cursor is looked at.
 const CURSOR_EVERY: Duration = Duration::from_secs(5);
 /// Longest sleep: a wall clock that is set is noticed after so long.
@@ -81,7 +91,13 @@ pub(super) struct Dispatcher {
     core: Core<Queued>,
     seen: Arc<Mutex<Seen>>,
     deleted: CancellationToken,
+    settings_told: watch::Receiver<SettingsRead>,
+    consumers_max: Limit,
+    /// The beginning of the clock of rates.
+    began: Instant,
     members: BTreeMap<u64, Member>,
+    /// When each of them is to be looked at.
+    lives: BTreeSet<(Instant, u64)>,
     pulls: BTreeMap<u64, Pull>,
     /// Calls' answers by the record they wait for.
     answers: BTreeMap<u64, AnswerTo>,
@@ -111,6 +127,8 @@ enum Event {
     Done(Done),
     Read(ReadDone),
     Frame(Framed),
+    Settings,
+    Limits,
     Published(u64),
     Retry,
 }
@@ -122,7 +140,11 @@ impl Dispatcher {
         shared: Shared,
         segment: Arc<Segment>,
         subscription: &Subscription,
-        (seen, token): (Arc<Mutex<Seen>>, CancellationToken),
+        (seen, token, settings_told): (
+            Arc<Mutex<Seen>>,
+            CancellationToken,
+            watch::Receiver<SettingsRead>,
+        ),
     ) -> Result<Self, Refusal> {
         let limits = &shared.config.limits;
         let core_limits = CoreLimits {
@@ -131,6 +153,7 @@ impl Dispatcher {
             consumers_max: limits.consumers_max,
             read_ahead_bytes_max: limits.read_ahead_bytes_max,
             parked_messages_max: limits.delayed_messages_max,
+            run_pause_ms: RUN_PAUSE_MS,
             dead_letters_max: limits.dead_letters_max,
             grace_ms: u64::try_from(limits.consumer_grace.as_millis()).unwrap_or(u64::MAX),
         };
@@ -149,6 +172,10 @@ impl Dispatcher {
             core,
             seen,
             deleted: token,
+            settings_told,
+            consumers_max: Limit::of_server(limits.consumers_max),
+            began: Instant::now(),
+            lives: BTreeSet::new(),
             members: BTreeMap::new(),
             pulls: BTreeMap::new(),
             answers: BTreeMap::new(),
@@ -199,7 +226,10 @@ impl Dispatcher {
         let mut ended = std::pin::pin!(segment.ended());
         let mut told_to_go = std::pin::pin!(shared.told_to_go(&segment));
         let mut over = std::pin::pin!(shared.draining.over());
+        let (mut settings, mut limits) = (self.settings_told.clone(), segment.limits());
+        limits.mark_changed();
         loop {
+            self.look_at_lives();
             self.core.on_end(end.borrow_and_update().0);
             self.look_at_cursor();
             self.step();
@@ -226,7 +256,12 @@ impl Dispatcher {
                 Some(done) = self.reads.next() => Event::Read(done),
                 number = wait_for(&mut self.publishing) => Event::Published(number),
                 () = wait(&mut self.retry) => Event::Retry,
-                Some(command) = commands.recv() => Event::Command(command),
+                Ok(()) = settings.changed() => Event::Settings,
+                Ok(()) = limits.changed() => Event::Limits,
+                command = commands.recv() => match command {
+                    Some(command) => Event::Command(command),
+                    None => return Some(deleted()), // nobody knows of it any more
+                },
                 Some(frame) = self.inbound.next() => Event::Frame(frame),
                 changed = end.changed() => match changed {
                     Ok(()) => Event::Woken,
@@ -236,6 +271,8 @@ impl Dispatcher {
             };
             // What it says is about now, not about the last turn.
             self.core.on_time(self.shared.catalog.now_ms());
+            let passed = self.began.elapsed().as_millis();
+            self.core.on_rate_time(u64::try_from(passed).unwrap_or(u64::MAX));
             if let Err(why) = self.apply(event) {
                 return Some(why);
             }
@@ -261,6 +298,8 @@ impl Dispatcher {
             Event::Done(done) => self.done(done)?,
             Event::Read(done) => self.read_done(done)?,
             Event::Frame((consumer, frame)) => self.frame(consumer, frame),
+            Event::Settings => self.take_settings(),
+            Event::Limits => self.take_limits(),
             Event::Published(number) => {
                 self.publishing = None;
                 self.core.on_published(number);
@@ -273,13 +312,29 @@ impl Dispatcher {
         Ok(())
     }
 
+    fn take_settings(&mut self) {
+        let settings = self.settings_told.borrow().1.clone();
+        self.core.on_policy(wanted::policy(&settings));
+        self.dead_letters.settings(&settings);
+        self.settings = settings;
+    }
+
+    fn take_limits(&mut self) {
+        let SegmentLimits { deliver, consumers_max, .. } = *self.segment.limits().borrow();
+        let of_server = Limit::of_server(self.shared.config.limits.consumers_max);
+        self.consumers_max = consumers_max.unwrap_or(of_server);
+        let most = usize::try_from(self.consumers_max.most).unwrap_or(usize::MAX);
+        self.core.on_consumers_max(most);
+        self.core.on_rates(deliver);
+    }
+
     /// Carries out what there is to do, and answers pulls.
     fn step(&mut self) {
         while let Some(action) = self.core.step() {
             self.carry_out(action);
         }
         self.answer_pulls();
-        self.let_half_closed_go();
+        self.let_leavers_go();
         self.count();
         if self.records.is_empty()
             && let Some(done) = self.stopping.take()
@@ -340,9 +395,12 @@ impl Dispatcher {
         let pull = self.pulls.values().map(|pull| pull.deadline).min();
         let now = self.shared.catalog.now_ms();
         let time = self.core.next_time().map(|at| Duration::from_millis(at.saturating_sub(now)));
-        let wait = time.unwrap_or(SLEEP_MAX).min(SLEEP_MAX);
-        let by_time = Instant::now() + wait;
-        tokio::time::sleep_until(pull.map_or(by_time, |pull| pull.min(by_time)))
+        let rate = self.core.next_rate_ms().map(Duration::from_millis);
+        let waits = [time, rate, Some(SLEEP_MAX)].into_iter().flatten().min();
+        let by_time = Instant::now() + waits.unwrap_or(SLEEP_MAX);
+        let life = self.lives.first().map(|(at, _)| *at);
+        let next = [pull, life, Some(by_time)].into_iter().flatten().min();
+        tokio::time::sleep_until(next.unwrap_or(by_time))
     }
 
     /// Whether there has been nothing to do for some time: calls that follow each other find it still there.
@@ -411,7 +469,7 @@ fn refuse(command: Command, why: &Refusal) {
         Command::Explain(answer) => drop(answer.send(Err(why.clone()))),
         Command::Delayed(_, answer) => drop(answer.send(Err(why.clone()))),
         Command::Stop(done) => drop(done.send(())),
-        Command::Settings(_) | Command::Resume => {}
+        Command::Resume => {}
     }
 }
 

@@ -41,11 +41,13 @@ impl Dispatcher {
                 return;
             }
             Err(refused) => {
-                let reason = match refused {
-                    AttachRefused::Taken(_) => Reason::ConsumerExists,
-                    AttachRefused::TooMany(_) => Reason::TooManyConsumers,
+                let refusal = match refused {
+                    AttachRefused::Taken(_) => {
+                        Refusal::new(Reason::ConsumerExists, refused.to_string())
+                    }
+                    AttachRefused::TooMany(_) => self.too_many_consumers(),
                 };
-                let _gone = answer.send(Err(Refusal::new(reason, refused.to_string())));
+                let _gone = answer.send(Err(refusal));
                 return;
             }
         };

@@ -2,11 +2,17 @@
 //! memory. When it is used up, one batch at a time may be read beyond it, once a connection has taken what it was given:
 //! they cannot stop the others either.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use futures::future::{BoxFuture, select_all};
 use geminga_managed_ledger::{ReadError, StoredBatch};
-use geminga_proto::{ids::Offset, reason::Reason};
+use geminga_proto::{
+    ids::Offset,
+    reason::Reason,
+    records,
+    storage::v1::EntryHeader,
+    v1::{Codec, PayloadFormat},
+};
 use geminga_runtime::budget::{ByteBudget, Permit};
 use tokio::time::sleep;
 
@@ -19,6 +25,8 @@ use crate::{
 
 /// Connections that one read waits for, whichever is first.
 const DRAINED_MAX: usize = 16;
+/// A smaller batch is not cut.
+const CUT_BYTES_MIN: u64 = 1024;
 /// A read ahead for less is not worth it.
 const READ_BYTES_MIN: u64 = 64 * 1024;
 
@@ -55,6 +63,38 @@ impl Batch for Queued {
 
     fn has_delays(&self) -> bool {
         self.delays
+    }
+
+    /// Where most of it is for others, or for later, they are not sent along. A compressed batch is sent as it is: to open it
+    /// costs more than it saves.
+    fn cut(&self, runs: &[(u64, u64)]) -> Self {
+        let header = &self.stored.header;
+        let wanted: u64 = runs.iter().map(|(start, end)| end - start).sum();
+        let plain =
+            header.codec() == Codec::Unspecified && header.format() == PayloadFormat::Native;
+        if !plain || wanted * 2 > u64::from(header.count) || self.bytes() < CUT_BYTES_MIN {
+            return self.clone();
+        }
+        let base = self.base();
+        let runs: Vec<Range<u32>> =
+            runs.iter().map(|(start, end)| (start - base) as u32..(end - base) as u32).collect();
+        let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return self.clone() };
+        // One that cannot be cut is damaged: whoever decodes it will say so.
+        let Ok(payload) = records::cut(&self.stored.payload, &runs) else { return self.clone() };
+        let base_offset = self.stored.base_offset.advance(first.start.into());
+        let header = EntryHeader {
+            base_offset: base_offset.0,
+            count: last.end - first.start,
+            publish_time_ms: header.publish_time_ms,
+            producer: header.producer.clone(),
+            format: header.format,
+            codec: header.codec,
+            uncompressed_size: payload.len() as u32,
+            traceparent: header.traceparent.clone(),
+            ..EntryHeader::default()
+        };
+        let stored = Arc::new(StoredBatch { base_offset, header, payload });
+        Self { stored, held: self.held.clone(), delays: false }
     }
 }
 
@@ -154,4 +194,55 @@ fn queued(stored: StoredBatch, held: &mut Option<Permit>, budget: &ByteBudget) -
 fn share(budget: &ByteBudget, wanted: u64) -> Option<Permit> {
     let free = budget.total() - budget.in_use();
     (free >= wanted.min(READ_BYTES_MIN)).then(|| budget.try_acquire(wanted.min(free))).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use geminga_proto::v1::{Record, RecordBatch};
+    use prost::Message as _;
+
+    use super::*;
+
+    fn batch(codec: Codec) -> Queued {
+        let record = |n: u8| Record { value: vec![n; 200].into(), ..Record::default() };
+        let records = (0..100).map(record).collect();
+        let payload: bytes::Bytes = RecordBatch { records }.encode_to_vec().into();
+        let header = EntryHeader {
+            base_offset: 1_000,
+            count: 100,
+            format: PayloadFormat::Native.into(),
+            codec: codec.into(),
+            uncompressed_size: payload.len() as u32,
+            ..EntryHeader::default()
+        };
+        let stored = Arc::new(StoredBatch { base_offset: Offset(1_000), header, payload });
+        Queued { stored, held: None, delays: true }
+    }
+
+    #[test]
+    fn a_delivery_of_a_few_messages_carries_little_more_than_them() {
+        let whole = batch(Codec::Unspecified);
+        let cut = whole.cut(&[(1_010, 1_012), (1_020, 1_021)]);
+        assert_eq!((cut.base(), cut.count(), cut.end()), (1_010, 11, 1_021));
+        assert!(cut.bytes() < 3 * 210 + 8 * 2, "{}", cut.bytes());
+        let header = &cut.stored.header;
+        let payload = cut.stored.payload.clone();
+        let mut records =
+            records::Records::open(Codec::Unspecified, header.uncompressed_size, 11, payload)
+                .expect("whole");
+        let mut values = Vec::new();
+        while let Some(record) = records.read().expect("whole") {
+            values.push(record.value.first().copied());
+        }
+        let none = [None; 8];
+        assert_eq!(values, [&[Some(10), Some(11)][..], &none, &[Some(20)]].concat());
+    }
+
+    #[test]
+    fn most_of_a_batch_and_a_compressed_one_go_as_they_are() {
+        let whole = batch(Codec::Unspecified);
+        assert!(Arc::ptr_eq(&whole.cut(&[(1_000, 1_060)]).stored, &whole.stored));
+        let packed = batch(Codec::Zstd);
+        assert!(Arc::ptr_eq(&packed.cut(&[(1_000, 1_001)]).stored, &packed.stored));
+    }
 }

@@ -6,8 +6,9 @@
 )]
 
 #[allow(dead_code, unused_imports, reason = "each test target uses a part of the harness")]
-#[path = "harness/mod.rs"]
+#[path = "../harness/mod.rs"]
 mod harness;
+mod subscriptions;
 
 use std::{
     sync::{
