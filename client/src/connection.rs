@@ -248,29 +248,29 @@ impl Connections {
         }
     }
 
-    /// Looks at the channels to this address, at least one.
-    fn shared<T>(&self, owner: Option<&str>, look: impl FnOnce(&mut Vec<Shared>) -> T) -> T {
+    /// Looks at the channels to this address, at least one, with what makes another.
+    fn shared<T>(
+        &self,
+        owner: Option<&str>,
+        look: impl FnOnce(&mut Vec<Shared>, &dyn Fn() -> Shared) -> T,
+    ) -> T {
         let address = owner.and_then(|owner| Address::parse(owner).ok());
         let mut channels = self.0.channels.lock();
         if channels.len() >= ADDRESSES_MAX && !channels.contains_key(&address) {
             channels.clear(); // open streams hold theirs; the others connect again
         }
-        let connect = || vec![Shared::new(self.connect(address.as_ref()))];
-        look(channels.entry(address.clone()).or_insert_with(connect))
+        let another = || Shared::new(self.connect(address.as_ref()));
+        look(channels.entry(address.clone()).or_insert_with(|| vec![another()]), &another)
     }
 
     /// The channel for calls.
     fn channel(&self, owner: Option<&str>) -> Channel {
-        self.shared(owner, |shared| shared[0].channel.clone())
+        self.shared(owner, |shared, _| shared[0].channel.clone())
     }
 
     /// A channel with room for a stream, and the stream's place on it.
     fn for_stream(&self, owner: Option<&str>) -> (Channel, StreamPlace) {
-        let another = || {
-            let address = owner.and_then(|owner| Address::parse(owner).ok());
-            Shared::new(self.connect(address.as_ref()))
-        };
-        self.shared(owner, |shared| {
+        self.shared(owner, |shared, another| {
             let at = shared.iter().position(|one| one.open() < STREAMS_MAX);
             let at = at.unwrap_or_else(|| {
                 shared.push(another());
@@ -411,7 +411,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_takes_so_many_streams_and_one_more_is_made_for_the_next() {
         let connections = Connections::new("127.0.0.1:1").expect("an address");
-        let count = || connections.shared(None, |shared| shared.len());
+        let count = || connections.shared(None, |shared, _| shared.len());
         let mut places: Vec<_> =
             (0..=STREAMS_MAX).map(|_| connections.for_stream(None).1).collect();
         assert_eq!(count(), 2);
@@ -423,8 +423,8 @@ mod tests {
         assert_eq!(count(), 1, "nobody needs the second any more");
         let (_, place) = connections.for_stream(None);
         let frames = place.with(futures::stream::iter([1]));
-        assert_eq!(connections.shared(None, |shared| shared[0].open()), 1);
+        assert_eq!(connections.shared(None, |shared, _| shared[0].open()), 1);
         drop(frames);
-        assert_eq!(connections.shared(None, |shared| shared[0].open()), 0);
+        assert_eq!(connections.shared(None, |shared, _| shared[0].open()), 0);
     }
 }

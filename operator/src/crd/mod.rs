@@ -37,6 +37,10 @@ pub use subscription::{StartAt, Subscription, SubscriptionKind, SubscriptionSpec
 pub use tenant::{Tenant, TenantSpec};
 pub use topic::{Topic, TopicSpec};
 
+/// The rule of every kind whose object may have another name on the server.
+const NAME_STAYS: &str =
+    "has(self.name) == has(oldSelf.name) && (!has(self.name) || self.name == oldSelf.name)";
+
 /// The API group of every resource, and the prefix of our annotations and labels.
 pub const GROUP: &str = "geminga.io";
 /// Set to `"true"`: the object is left alone, its status says so.

@@ -57,7 +57,7 @@ pub enum StartAt {
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[x_kube(
-    validation = Rule::new("has(self.name) == has(oldSelf.name) && (!has(self.name) || self.name == oldSelf.name)").message("the name on the server cannot be changed"),
+    validation = Rule::new(super::NAME_STAYS).message("the name on the server cannot be changed"),
     validation = Rule::new("self.backoffMaxMs == 0 || self.backoffMaxMs >= self.backoffMs").message("backoffMaxMs is smaller than backoffMs")
 )]
 #[serde(rename_all = "camelCase")]

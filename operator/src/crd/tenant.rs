@@ -31,7 +31,7 @@ use super::{ClusterRef, DeletionPolicy, PolicySpec, ResourceStatus};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[x_kube(
-    validation = Rule::new("has(self.name) == has(oldSelf.name) && (!has(self.name) || self.name == oldSelf.name)").message("the name on the server cannot be changed")
+    validation = Rule::new(super::NAME_STAYS).message("the name on the server cannot be changed")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct TenantSpec {

@@ -32,7 +32,7 @@ use super::{ClusterRef, DeletionPolicy, PolicySpec, ResourceStatus};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[x_kube(
-    validation = Rule::new("has(self.name) == has(oldSelf.name) && (!has(self.name) || self.name == oldSelf.name)").message("the name on the server cannot be changed"),
+    validation = Rule::new(super::NAME_STAYS).message("the name on the server cannot be changed"),
     validation = Rule::new("!has(self.segments) || !has(oldSelf.segments) || self.segments == oldSelf.segments").message("the number of segments is chosen when the topic is created")
 )]
 #[serde(rename_all = "camelCase")]

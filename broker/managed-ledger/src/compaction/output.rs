@@ -1,6 +1,6 @@
 //! The ledgers that a round writes: opened when there is something for them, rolled by size, closed one by one.
 
-use futures::{FutureExt, StreamExt, stream::FuturesOrdered};
+use futures::{StreamExt, stream::FuturesOrdered};
 use geminga_bookie_client::{AppendError, AppendFuture, LedgerWriter};
 use geminga_proto::ids::Offset;
 
@@ -94,20 +94,15 @@ impl Writing {
         let StoredBatch { header, payload, .. } = batch;
         let entry = entry_header::encode(&header, payload);
         let bytes = entry.len();
-        loop {
-            let mut append = self.writer.append(entry.clone());
-            match (&mut append).now_or_never() {
-                Some(Err(AppendError::Full)) => self.writer.ready(bytes).await,
-                Some(answer) => {
-                    answer?;
-                    break;
-                }
-                None => {
-                    self.in_flight.push_back(append);
-                    break;
-                }
+        let append = loop {
+            let append = self.writer.append(entry.clone());
+            match append.refused() {
+                Some(AppendError::Full) => self.writer.ready(bytes).await,
+                Some(error) => return Err(error.into()),
+                None => break append,
             }
-        }
+        };
+        self.in_flight.push_back(append);
         while self.in_flight.len() > IN_FLIGHT_MAX
             && let Some(answer) = self.in_flight.next().await
         {
