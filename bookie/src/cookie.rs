@@ -347,7 +347,11 @@ pub(crate) async fn intern(
         };
         let mut txn = next.txn;
         match (standing, replace) {
-            (None, _) => txn = txn.when(Compare::Absent(key.clone())),
+            // A wish of that name was about an earlier bookie, and is done or void: it goes with the first step of the new one.
+            (None, _) => {
+                txn = txn.when(Compare::Absent(key.clone()));
+                txn = txn.then(Op::Delete(keys::draining_bookie(bookie)));
+            }
             (Some(old), Replace::Nobody) => {
                 let incarnation = Incarnation(old.cookie.incarnation);
                 return Ok(Err(CookieError::EmptyVolume {

@@ -26,6 +26,9 @@ pub struct BrokerConfig {
     pub lease_ttl: Duration,
     /// Time that streams have to leave a segment that is handed to another broker.
     pub move_drain: Duration,
+    /// Time that a broker that stops serves on while no other one is there to take over; a third of what it has for its end at
+    /// most. Zero: none will come.
+    pub successor_wait: Duration,
     /// Mean time between two rounds of the janitor over cold storage (X4). An object goes a day after it was written at the
     /// earliest; each round costs a listing of everything there, shared by the brokers.
     pub sweep_interval: Duration,
@@ -131,6 +134,7 @@ impl BrokerConfig {
             advertise: None,
             lease_ttl: Duration::from_secs(5),
             move_drain: Duration::from_secs(2),
+            successor_wait: Duration::ZERO,
             sweep_interval: Duration::from_secs(6 * 3600),
             bookies_min: 3,
             auto_create_topics: true,

@@ -257,7 +257,8 @@ impl Connections {
         let address = owner.and_then(|owner| Address::parse(owner).ok());
         let mut channels = self.0.channels.lock();
         if channels.len() >= ADDRESSES_MAX && !channels.contains_key(&address) {
-            channels.clear(); // open streams hold theirs; the others connect again
+            // Open streams hold theirs; the others connect again. The configured servers are no part of what grows.
+            channels.retain(|address, _| address.is_none());
         }
         let another = || Shared::new(self.connect(address.as_ref()));
         look(channels.entry(address.clone()).or_insert_with(|| vec![another()]), &another)
@@ -406,6 +407,20 @@ mod tests {
         let refused = bootstrap.dial().await.expect_err("nobody listens");
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
         assert!(Bootstrap::parse(" , ").is_err());
+    }
+
+    #[tokio::test]
+    async fn many_addresses_of_owners_leave_the_channels_to_the_configured_servers_alone() {
+        let connections = Connections::new("127.0.0.1:1").expect("an address");
+        let (_, _place) = connections.for_stream(None);
+        let known = || connections.0.channels.lock().len();
+        for owner in 0..ADDRESSES_MAX {
+            connections.channel(Some(&format!("127.0.0.1:{}", owner + 2)));
+            assert!(known() <= ADDRESSES_MAX);
+        }
+        assert_eq!(known(), 2, "the owners known before went");
+        let open = connections.shared(None, |shared, _| shared[0].open());
+        assert_eq!(open, 1, "the stream is still on the channel that new calls take");
     }
 
     #[tokio::test]

@@ -1,21 +1,26 @@
 //! The few things that we ask of the Kubernetes API. Every change of ours is a server-side apply under one field manager,
 //! except deletions, claims that grow, and finalizers.
 
+use std::future::Future;
+
+use http::Response;
 use k8s_openapi::{
     NamespaceResourceScope,
     api::core::v1::{PersistentVolumeClaim, Pod},
 };
 use kube::{
-    Api, Client, Resource,
+    Api, Client, Config, Resource,
     api::{
         ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, Preconditions,
         PropagationPolicy,
     },
+    client::ClientBuilder,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
+use tower::util::MapFutureLayer;
 
-use crate::{crd::FINALIZER, manifest::Manifest};
+use crate::{crd::FINALIZER, manifest::Manifest, metrics::Metrics};
 
 /// Under which name our fields are managed.
 pub const FIELD_MANAGER: &str = "geminga-operator";
@@ -25,7 +30,28 @@ pub const FIELD_MANAGER: &str = "geminga-operator";
 /// # Errors
 /// What is missing, in words.
 pub async fn connect() -> Result<Client, String> {
-    Client::try_default().await.map_err(|error| error.to_string())
+    connect_counted(&Metrics::default()).await
+}
+
+/// As [`connect`]; every answer is counted.
+///
+/// # Errors
+/// What is missing, in words.
+pub async fn connect_counted(metrics: &Metrics) -> Result<Client, String> {
+    let config = Config::infer().await.map_err(|error| error.to_string())?;
+    let builder = ClientBuilder::try_from(config).map_err(|error| error.to_string())?;
+    let metrics = metrics.clone();
+    let counted = MapFutureLayer::new(move |answer| counted(answer, metrics.clone()));
+    Ok(builder.with_layer(&counted).build())
+}
+
+async fn counted<B, E>(
+    answer: impl Future<Output = Result<Response<B>, E>>,
+    metrics: Metrics,
+) -> Result<Response<B>, E> {
+    let answer = answer.await;
+    metrics.on_api_answer(answer.as_ref().ok().map(|answer| answer.status().as_u16()));
+    answer
 }
 
 /// One namespace of a Kubernetes cluster.

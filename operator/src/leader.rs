@@ -86,10 +86,10 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// A lease of this name and length; at least a second.
+    /// A lease of this name and length: whole seconds, as the object has them, and at least one.
     #[must_use]
     pub fn new(client: Client, namespace: &str, name: String, length: Duration) -> Self {
-        let length = length.max(Duration::from_secs(1));
+        let length = Duration::from_secs(length.as_secs().max(1));
         Self { api: Api::namespaced(client, namespace), name, length }
     }
 

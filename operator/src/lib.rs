@@ -25,4 +25,4 @@ pub mod server;
 pub mod thing;
 pub mod workloads;
 
-pub use kubernetes::{FIELD_MANAGER, connect};
+pub use kubernetes::{FIELD_MANAGER, connect, connect_counted};

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::quantity;
+
 /// On every object that we apply: a hash of the whole manifest. A field that left the manifest is noticed by it.
 const HASH: &str = "geminga.io/manifest";
 /// On pods: a hash of their template. A pod with another one is to be replaced.
@@ -90,7 +92,13 @@ impl Manifest {
 fn covers(live: &Value, wanted: &Value) -> bool {
     match (live, wanted) {
         (Value::Object(live), Value::Object(wanted)) => wanted.iter().all(|(key, wanted)| {
-            live.get(key).map_or_else(|| is_nothing(wanted), |live| covers(live, wanted))
+            live.get(key).map_or_else(
+                || is_nothing(wanted),
+                |live| match key.as_str() {
+                    "requests" | "limits" => are_as_much(live, wanted),
+                    _ => covers(live, wanted),
+                },
+            )
         }),
         (Value::Array(live), Value::Array(wanted)) => {
             live.len() == wanted.len()
@@ -98,6 +106,17 @@ fn covers(live: &Value, wanted: &Value) -> bool {
         }
         (live, wanted) => live == wanted,
     }
+}
+
+/// As [`covers`], of quantities, which the API server stores in its own words.
+fn are_as_much(live: &Value, wanted: &Value) -> bool {
+    let (Value::Object(live), Value::Object(wanted)) = (live, wanted) else {
+        return live == wanted;
+    };
+    wanted.iter().all(|(name, wanted)| match (live.get(name), wanted) {
+        (Some(Value::String(live)), Value::String(wanted)) => quantity::same(live, wanted),
+        _ => false,
+    })
 }
 
 /// What the API server leaves out when it stores it.
@@ -161,6 +180,24 @@ mod tests {
             "spec": {"ports": [{"port": 1}], "selector": {}},
         }));
         assert!(wanted().differs_from(Some(before.object())), "label y is to go");
+    }
+
+    #[test]
+    fn a_quantity_in_the_words_of_the_api_server_is_no_difference() {
+        let resources = |cpu: &str, memory: &str| {
+            let requests = json!({"cpu": cpu, "memory": memory});
+            json!({"spec": {"containers": [{"resources": {"requests": requests, "limits": {}}}]}})
+        };
+        assert!(covers(&resources("500m", "1Gi"), &resources("0.5", "1024Mi")));
+        assert!(covers(&resources("2", "1Gi"), &resources("2000m", "1.0Gi")));
+        assert!(!covers(&resources("501m", "1Gi"), &resources("0.5", "1Gi")));
+        assert!(!covers(&resources("500m", "1G"), &resources("0.5", "1Gi")));
+        let mut less = resources("500m", "1Gi");
+        less.pointer_mut("/spec/containers/0/resources/requests")
+            .and_then(Value::as_object_mut)
+            .expect("there")
+            .remove("memory");
+        assert!(!covers(&less, &resources("0.5", "1Gi")));
     }
 
     #[test]

@@ -2,22 +2,37 @@
 
 /// Bytes; none for what is no size. Fractions are rounded up, as Kubernetes does.
 pub(crate) fn bytes(text: &str) -> Option<u128> {
+    nanos(text).map(|nanos| nanos.div_ceil(NANO))
+}
+
+/// Whether two texts are one quantity: Kubernetes stores 0.5 as 500m and 1024Mi as 1Gi.
+pub(crate) fn same(one: &str, other: &str) -> bool {
+    one == other || nanos(one).is_some_and(|one| Some(one) == nanos(other))
+}
+
+/// A unit in its smallest parts.
+const NANO: u128 = 1_000_000_000;
+
+fn nanos(text: &str) -> Option<u128> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, suffix) = text.split_at(digits);
     let factor: u128 = match suffix {
-        "" => 1,
-        "k" => 1_000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        "T" => 1_000_000_000_000,
-        "P" => 1_000_000_000_000_000,
-        "E" => 1_000_000_000_000_000_000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        "Ti" => 1 << 40,
-        "Pi" => 1 << 50,
-        "Ei" => 1 << 60,
+        "n" => 1,
+        "u" => 1_000,
+        "m" => 1_000_000,
+        "" => NANO,
+        "k" => NANO * 1_000,
+        "M" => NANO * 1_000_000,
+        "G" => NANO * 1_000_000_000,
+        "T" => NANO * 1_000_000_000_000,
+        "P" => NANO * 1_000_000_000_000_000,
+        "E" => NANO * 1_000_000_000_000_000_000,
+        "Ki" => NANO << 10,
+        "Mi" => NANO << 20,
+        "Gi" => NANO << 30,
+        "Ti" => NANO << 40,
+        "Pi" => NANO << 50,
+        "Ei" => NANO << 60,
         _ => return None,
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
@@ -27,7 +42,7 @@ pub(crate) fn bytes(text: &str) -> Option<u128> {
     let scale = 10_u128.pow(u32::try_from(fraction.len()).ok()?);
     let part: u128 = if fraction.is_empty() { 0 } else { fraction.parse().ok()? };
     let number = whole.parse::<u128>().ok()? * scale + part;
-    Some((number * factor).div_ceil(scale))
+    Some(number.checked_mul(factor)?.div_ceil(scale))
 }
 
 #[cfg(test)]
@@ -50,6 +65,8 @@ mod tests {
             ("-1Gi", None),
             ("1.2.3", None),
             ("9999999999999999999", None),
+            ("999999999999999999.999999999Ei", None),
+            ("1500m", Some(2)),
         ] {
             assert_eq!(bytes(text), expected, "{text:?}");
         }

@@ -1,6 +1,6 @@
 //! The seam to a Geminga cluster: what controllers ask of it, typed. [`Clients`] is the real form; tests script their own.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use geminga_client::{
@@ -10,9 +10,11 @@ use geminga_client::{
 use geminga_proto::admin::v1 as pb;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 use crate::{
     crd::{PolicyValues, StartAt, SubscriptionKind, on_the_wire, own_values},
+    metrics::Metrics,
     thing::{Found, Settings, Thing},
 };
 
@@ -143,51 +145,113 @@ pub type SharedServers = Arc<dyn Servers>;
 
 /// Most clusters whose connections are kept; beyond it, all are made anew.
 const CLIENTS_MAX: usize = 256;
+/// While a cluster does not answer, one call in so long finds out whether it is back; all others are told at once what that
+/// one heard, so that a thousand objects of a silent cluster keep nobody's worker.
+const SILENCE: Duration = Duration::from_secs(5);
 
 /// Real servers by the SDK; connections of one address are shared.
 #[derive(Debug)]
 pub struct Clients {
     timeout: Duration,
-    known: Mutex<BTreeMap<String, Client>>,
+    metrics: Metrics,
+    known: Mutex<BTreeMap<String, Arc<Line>>>,
 }
 
 impl Clients {
     /// Every call ends within `timeout`.
     #[must_use]
-    pub fn new(timeout: Duration) -> Self {
-        Self { timeout, known: Mutex::default() }
+    pub fn new(timeout: Duration, metrics: Metrics) -> Self {
+        Self { timeout, metrics, known: Mutex::default() }
     }
 }
 
 #[async_trait]
 impl Servers for Clients {
     async fn connect(&self, addresses: &str) -> Result<Arc<dyn Server>, ServerError> {
-        let known = self.known.lock().get(addresses).cloned();
-        let client = match known {
-            Some(client) => client,
-            None => {
-                let builder = Client::builder().server(addresses).open_timeout(self.timeout);
-                let client = builder.build().await?;
-                let mut known = self.known.lock();
-                if known.len() >= CLIENTS_MAX {
-                    known.clear();
-                }
-                known.insert(addresses.to_owned(), client.clone());
-                client
-            }
-        };
-        Ok(Arc::new(AdminServer(client.admin(), client)))
+        if let Some(line) = self.known.lock().get(addresses) {
+            return Ok(Arc::new(AdminServer(Arc::clone(line))));
+        }
+        let builder = Client::builder().server(addresses).open_timeout(self.timeout);
+        let client = builder.build().await?;
+        let line = Arc::new(Line {
+            admin: client.admin(),
+            _client: client,
+            silent: Silent::default(),
+            metrics: self.metrics.clone(),
+        });
+        let mut known = self.known.lock();
+        if known.len() >= CLIENTS_MAX {
+            known.clear();
+        }
+        known.insert(addresses.to_owned(), Arc::clone(&line));
+        Ok(Arc::new(AdminServer(line)))
     }
 }
 
-/// An admin handle, and the client that keeps its connections.
-struct AdminServer(Admin, #[expect(dead_code, reason = "held for its connections")] Client);
+/// What is shared of the way to one cluster.
+#[derive(Debug)]
+struct Line {
+    admin: Admin,
+    /// Held for its connections.
+    _client: Client,
+    silent: Silent,
+    metrics: Metrics,
+}
+
+/// Until when nobody asks, and what was heard last; none: it answers, as far as we know.
+#[derive(Debug, Default)]
+struct Silent(Mutex<Option<(Instant, String)>>);
+
+impl Silent {
+    /// Leave to ask, or what the one who asked last was told.
+    fn ask(&self, now: Instant) -> Result<(), String> {
+        match &mut *self.0.lock() {
+            Some((until, why)) if now < *until => Err(why.clone()),
+            Some((until, _)) => {
+                *until = now + SILENCE;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// What came of it; a refusal is an answer.
+    fn heard<T>(&self, outcome: &Result<T, Error>, now: Instant) {
+        *self.0.lock() = match outcome {
+            Ok(_) | Err(Error::Refused(_)) => None,
+            Err(error) => Some((now + SILENCE, error.to_string())),
+        };
+    }
+}
+
+struct AdminServer(Arc<Line>);
+
+impl AdminServer {
+    fn admin(&self) -> &Admin {
+        &self.0.admin
+    }
+
+    async fn call<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let Line { silent, metrics, .. } = &*self.0;
+        silent.ask(Instant::now()).map_err(Error::Unavailable)?;
+        let outcome = call.await;
+        silent.heard(&outcome, Instant::now());
+        match &outcome {
+            Err(Error::Refused(refused)) if !is_not_found(refused.reason) => {
+                metrics.on_server_call_failed(refused.reason.as_str());
+            }
+            Ok(_) | Err(Error::Refused(_)) => {}
+            Err(_) => metrics.on_server_call_failed("UNREACHABLE"),
+        }
+        outcome
+    }
+}
 
 #[async_trait]
 impl Server for AdminServer {
     async fn cluster(&self) -> Result<ClusterFacts, ServerError> {
-        let cluster = self.0.cluster().await?;
-        let bookies = self.0.bookies().await?.into_iter().map(facts).collect();
+        let cluster = self.call(self.admin().cluster()).await?;
+        let bookies = self.call(self.admin().bookies()).await?.into_iter().map(facts).collect();
         Ok(ClusterFacts {
             id: cluster.id,
             under_replicated: cluster.ledgers_under_replicated,
@@ -197,29 +261,12 @@ impl Server for AdminServer {
     }
 
     async fn drain_bookie(&self, id: &str, cancel: bool) -> Result<(), ServerError> {
-        self.0.drain_bookie(id, cancel).await?;
+        self.call(self.admin().drain_bookie(id, cancel)).await?;
         Ok(())
     }
 
     async fn find(&self, thing: &Thing) -> Result<Option<Found>, ServerError> {
-        let found = match thing {
-            Thing::Tenant { name } => self.0.tenant(name).await.map(|_| Found::Tenant),
-            Thing::Namespace { name, .. } => self
-                .0
-                .namespace(name)
-                .await
-                .map(|found| Found::Namespace { auto_create_topics: found.auto_create_topics }),
-            Thing::Topic { name, .. } => self.0.topic(name).await.map(|found| {
-                let segments = found.layout.map_or(0, |layout| layout.segments.len());
-                Found::Topic { segments: u32::try_from(segments).unwrap_or(u32::MAX) }
-            }),
-            Thing::Subscription { topic, name, .. } => self
-                .0
-                .subscription(topic, name)
-                .await
-                .map(|found| Found::Subscription(from_wire(found.settings.unwrap_or_default()))),
-        };
-        match found {
+        match self.call(self.look_for(thing)).await {
             Ok(found) => Ok(Some(found)),
             Err(error) if error.reason().is_some_and(is_not_found) => Ok(None),
             Err(error) => Err(error.into()),
@@ -227,50 +274,25 @@ impl Server for AdminServer {
     }
 
     async fn create(&self, thing: &Thing) -> Result<(), ServerError> {
-        match thing {
-            Thing::Tenant { name } => self.0.create_tenant(name).await.map(drop),
-            Thing::Namespace { name, auto_create_topics } => {
-                self.0.create_namespace(name, *auto_create_topics).await.map(drop)
-            }
-            Thing::Topic { name, segments } => {
-                self.0.create_topic(name, segments.unwrap_or_default()).await.map(drop)
-            }
-            Thing::Subscription { topic, name, start, settings } => {
-                let start = match start {
-                    StartAt::Earliest => Start::Earliest,
-                    StartAt::Latest => Start::Latest,
-                };
-                let settings = Some(to_wire(settings));
-                self.0.create_subscription_as(topic, name, start, settings).await.map(drop)
-            }
-        }
-        .map_err(ServerError::from)
+        Ok(self.call(self.make(thing)).await?)
     }
 
     async fn update(&self, thing: &Thing) -> Result<(), ServerError> {
         if let Thing::Subscription { topic, name, settings, .. } = thing {
-            self.0.update_subscription(topic, name, to_wire(settings)).await?;
+            self.call(self.admin().update_subscription(topic, name, to_wire(settings))).await?;
         }
         Ok(())
     }
 
     async fn delete(&self, thing: &Thing) -> Result<(), ServerError> {
-        let done = match thing {
-            Thing::Tenant { name } => self.0.delete_tenant(name).await,
-            Thing::Namespace { name, .. } => self.0.delete_namespace(name).await,
-            Thing::Topic { name, .. } => self.0.delete_topic(name).await,
-            Thing::Subscription { topic, name, .. } => {
-                self.0.delete_subscription(topic, name).await
-            }
-        };
-        match done {
+        match self.call(self.remove(thing)).await {
             Err(error) if !error.reason().is_some_and(is_not_found) => Err(error.into()),
             _ => Ok(()),
         }
     }
 
     async fn policies(&self, scope: &str) -> Result<PolicyValues, ServerError> {
-        let answer = self.0.policies(scope).await?;
+        let answer = self.call(self.admin().policies(scope)).await?;
         Ok(own_values(&answer.own.unwrap_or_default()))
     }
 
@@ -280,8 +302,61 @@ impl Server for AdminServer {
         set: &PolicyValues,
         unset: &[String],
     ) -> Result<(), ServerError> {
-        self.0.set_policies(scope, on_the_wire(set), unset.to_vec()).await?;
+        self.call(self.admin().set_policies(scope, on_the_wire(set), unset.to_vec())).await?;
         Ok(())
+    }
+}
+
+impl AdminServer {
+    async fn look_for(&self, thing: &Thing) -> Result<Found, Error> {
+        let admin = self.admin();
+        Ok(match thing {
+            Thing::Tenant { name } => admin.tenant(name).await.map(|_| Found::Tenant)?,
+            Thing::Namespace { name, .. } => {
+                let found = admin.namespace(name).await?;
+                Found::Namespace { auto_create_topics: found.auto_create_topics }
+            }
+            Thing::Topic { name, .. } => {
+                let found = admin.topic(name).await?;
+                let segments = found.layout.map_or(0, |layout| layout.segments.len());
+                Found::Topic { segments: u32::try_from(segments).unwrap_or(u32::MAX) }
+            }
+            Thing::Subscription { topic, name, .. } => {
+                let found = admin.subscription(topic, name).await?;
+                Found::Subscription(from_wire(found.settings.unwrap_or_default()))
+            }
+        })
+    }
+
+    async fn make(&self, thing: &Thing) -> Result<(), Error> {
+        let admin = self.admin();
+        match thing {
+            Thing::Tenant { name } => admin.create_tenant(name).await.map(drop),
+            Thing::Namespace { name, auto_create_topics } => {
+                admin.create_namespace(name, *auto_create_topics).await.map(drop)
+            }
+            Thing::Topic { name, segments } => {
+                admin.create_topic(name, segments.unwrap_or_default()).await.map(drop)
+            }
+            Thing::Subscription { topic, name, start, settings } => {
+                let start = match start {
+                    StartAt::Earliest => Start::Earliest,
+                    StartAt::Latest => Start::Latest,
+                };
+                let settings = Some(to_wire(settings));
+                admin.create_subscription_as(topic, name, start, settings).await.map(drop)
+            }
+        }
+    }
+
+    async fn remove(&self, thing: &Thing) -> Result<(), Error> {
+        let admin = self.admin();
+        match thing {
+            Thing::Tenant { name } => admin.delete_tenant(name).await,
+            Thing::Namespace { name, .. } => admin.delete_namespace(name).await,
+            Thing::Topic { name, .. } => admin.delete_topic(name).await,
+            Thing::Subscription { topic, name, .. } => admin.delete_subscription(topic, name).await,
+        }
     }
 }
 
@@ -369,6 +444,23 @@ mod tests {
             };
             assert_eq!(from_wire(to_wire(&settings)), settings);
         }
+    }
+
+    #[test]
+    fn one_call_at_a_time_asks_a_silent_server_and_an_answer_of_any_kind_ends_the_silence() {
+        let silent = Silent::default();
+        let start = Instant::now();
+        let gone = Err::<(), _>(Error::Unavailable("refused".into()));
+        let refused = Err::<(), _>(Error::refused(ServerReason::Busy, "later"));
+        let told = Err(gone.as_ref().expect_err("an error").to_string());
+        assert_eq!(silent.ask(start), Ok(()));
+        silent.heard(&gone, start);
+        assert_eq!(silent.ask(start), told, "nobody asks again at once");
+        let later = start + SILENCE;
+        assert_eq!(silent.ask(later), Ok(()), "one finds out");
+        assert_eq!(silent.ask(later), told, "the others are told");
+        silent.heard(&refused, later);
+        assert_eq!(silent.ask(later), Ok(()), "a refusal is an answer");
     }
 
     #[test]

@@ -11,9 +11,9 @@ use crate::{
 };
 
 /// gRPC, REST.
-pub(crate) const CLIENT_PORT: u16 = 8650;
+pub const CLIENT_PORT: u16 = 8650;
 /// Metrics and health.
-const HEALTH_PORT: u16 = 8651;
+pub const HEALTH_PORT: u16 = 8651;
 /// Bookies.
 const BOOKIE_PORT: u16 = 8660;
 /// The user and group of the image.
@@ -22,13 +22,16 @@ const USER: i64 = 65_532;
 const BOOKIE_GRACE_S: i64 = 45;
 /// Beyond a broker's own drain grace: to close its last ledgers.
 const BROKER_GRACE_MARGIN_S: i64 = 15;
+/// What the nodes get to hear that a broker comes or goes: so long a new one is ready before an old one is told to go, and so
+/// long one that goes serves on before it hears of it. No new connection reaches a broker that is gone.
+const BROKER_NEWS_S: i64 = 5;
 
 /// Label of every object of a cluster: its name.
-pub(crate) const CLUSTER_LABEL: &str = "geminga.io/cluster";
+pub const CLUSTER_LABEL: &str = "geminga.io/cluster";
 /// Label of a pool's objects: its name.
 pub(crate) const POOL_LABEL: &str = "geminga.io/pool";
 /// Label that tells brokers from bookies.
-pub(crate) const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
+pub const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
 
 /// Whose objects these are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -180,6 +183,8 @@ impl Parts {
 }
 
 fn probes(container: &mut Value) {
+    // The last words of a container that failed, for the condition that names it.
+    container["terminationMessagePolicy"] = json!("FallbackToLogsOnError");
     let probe = |path: &str, period: i32, failures: i32| {
         json!({
             "httpGet": {"path": path, "port": "health"},
@@ -239,7 +244,7 @@ fn pull_secrets(spec: &GemingaClusterSpec) -> Option<Vec<Value>> {
     (!spec.image_pull_secrets.is_empty()).then(|| secrets.collect())
 }
 
-/// The brokers: a Deployment. A new pod is ready before an old one hands its topics over and goes.
+/// The brokers: a Deployment. A new pod is ready, and known to the nodes, before an old one hands its topics over and goes.
 #[must_use]
 pub fn broker_deployment(owner: &Owner, spec: &GemingaClusterSpec, image: &str) -> Manifest {
     let brokers = &spec.brokers;
@@ -273,12 +278,14 @@ pub fn broker_deployment(owner: &Owner, spec: &GemingaClusterSpec, image: &str) 
         "securityContext": container_security(), "volumeMounts": parts.mounts,
     });
     probes(&mut container);
+    container["lifecycle"] = json!({"preStop": {"sleep": {"seconds": BROKER_NEWS_S}}});
+    let grace_s = brokers.drain_grace_ms.div_euclid(1_000) + BROKER_NEWS_S + BROKER_GRACE_MARGIN_S;
     let pod = json!({
         "containers": [container], "volumes": parts.volumes,
         "securityContext": pod_security(), "enableServiceLinks": false,
         "automountServiceAccountToken": false, "imagePullSecrets": pull_secrets(spec),
         "nodeSelector": brokers.node_selector,
-        "terminationGracePeriodSeconds": brokers.drain_grace_ms.div_euclid(1_000) + BROKER_GRACE_MARGIN_S,
+        "terminationGracePeriodSeconds": grace_s,
         "topologySpreadConstraints": spread(&selector),
     });
     Manifest::new(json!({
@@ -287,6 +294,7 @@ pub fn broker_deployment(owner: &Owner, spec: &GemingaClusterSpec, image: &str) 
         "spec": {
             "replicas": brokers.replicas,
             "selector": {"matchLabels": selector},
+            "minReadySeconds": BROKER_NEWS_S,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "template": template(&labels, pod),
         },

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use geminga_operator::crd::definitions;
 
 const HEAD: &str = "\
-# Made by `cargo crds` from operator/src/crd. Do not edit.
+{{- /* Made by `cargo crds` from operator/src/crd. Do not edit. */}}
 {{- if .Values.crds.install }}
 ";
 const TAIL: &str = "{{- end }}\n";

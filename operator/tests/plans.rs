@@ -224,7 +224,8 @@ impl World {
             let base = json!({"image": old.image, "replicas": n, "ready": n, "updated": n, "settled": true});
             read(patched(base, over))
         });
-        let answers = json!({"answers": {"id": "c1", "bookies": []}});
+        let bookies = json!([{"id": "a", "registered": true}, {"id": "b", "registered": true}]);
+        let answers = json!({"answers": {"id": "c1", "bookies": bookies}});
         let server = match &self.server {
             Some(silent) if silent.get("silent").is_some() => silent.clone(),
             Some(over) => patched(answers, &json!({"answers": over})),

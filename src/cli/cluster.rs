@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
 use super::{
-    Global,
+    Global, check,
     exit::{Code, Failure},
     output,
 };
@@ -86,6 +86,8 @@ pub(crate) enum ClusterCommand {
         #[arg(long, default_value_t = 60, value_name = "SECONDS")]
         timeout: u64,
     },
+    /// Publish, consume and accept messages through the server, and say how long each step took.
+    Check(check::CheckArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -168,6 +170,7 @@ pub(crate) async fn cluster(command: ClusterCommand, global: &Global) -> Result<
         ClusterCommand::Wait { brokers, bookies, timeout } => {
             wait(brokers, bookies, Duration::from_secs(timeout), global).await?
         }
+        ClusterCommand::Check(args) => return Box::pin(check::run(args, global)).await,
     };
     Ok(output::object(global.output, &cluster_row(&status))?)
 }

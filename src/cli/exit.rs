@@ -19,6 +19,8 @@ pub(crate) enum Code {
     Unavailable = 5,
     /// The data was not what it must be: lost, repeated, changed or reordered.
     ProofFailed = 6,
+    /// The state that was asked for is not reached: look again later, or help.
+    NotReady = 7,
 }
 
 /// A command that did not work.

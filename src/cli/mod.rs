@@ -5,6 +5,7 @@
 
 mod admin;
 mod args;
+mod check;
 mod cluster;
 mod completion;
 mod config;
@@ -12,6 +13,7 @@ mod consume;
 mod context;
 pub(crate) mod exit;
 mod explain;
+mod kube;
 mod lines;
 pub(crate) mod output;
 mod policy;
@@ -45,7 +47,8 @@ Start here:  geminga demo
              echo hello | geminga produce orders
              geminga consume orders -s first --from earliest -n 1
 
-Exit codes:  0 ok, 1 failed, 2 wrong usage, 3 not found, 4 refused, 5 server unavailable (retry), 6 data proof failed";
+Exit codes:  0 ok, 1 failed, 2 wrong usage, 3 not found, 4 refused, 5 server unavailable (retry), 6 data proof failed,
+             7 not ready yet";
 
 /// What every command knows.
 #[derive(Clone, Debug, clap::Args)]
@@ -83,6 +86,8 @@ pub(crate) enum Command {
     /// Cold data in object storage: show, offload, check.
     #[command(subcommand)]
     Tier(tier::TierCommand),
+    /// Clusters on Kubernetes: their state, what the operator would do, drains, a report for whoever helps.
+    Kube(kube::KubeArgs),
     /// Show the settings that a broker, bookie or operator would run with.
     #[command(subcommand)]
     Config(config::ConfigCommand),
@@ -120,7 +125,7 @@ pub(crate) enum Command {
 
 /// Parses the command line, runs the command, prints an error with the next command to try.
 pub(crate) fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(kube::as_plugin(std::env::args_os().collect())) {
         Ok(cli) => cli,
         Err(error) => {
             let code = error.exit_code();
@@ -158,6 +163,7 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Ledger(command) => cluster::ledger(command, &global).await,
         Command::Policy(command) => Box::pin(policy::policy(command, &global)).await,
         Command::Tier(command) => tier::tier(command, &global).await,
+        Command::Kube(args) => Box::pin(kube::run(args, &global)).await,
         Command::Config(command) => config::run(command, &global),
         Command::Demo(args) => Box::pin(crate::demo::run(args, &global)).await,
         Command::Produce(args) => Box::pin(produce::run(args, &global)).await,
@@ -200,6 +206,11 @@ impl Global {
             Some(server) => Ok(server.clone()),
             None => Ok(context::current_server()?.unwrap_or_else(|| DEFAULT_SERVER.to_owned())),
         }
+    }
+
+    /// The server, if one was named for this command: neither the current context's nor the default.
+    pub(crate) fn given_server(&self) -> Option<&str> {
+        self.server.as_deref()
     }
 
     /// A client for the server. One that was started a moment ago is waited for; one that is not there is an error within

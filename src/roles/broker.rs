@@ -1,6 +1,6 @@
 //! `geminga broker`: owns topics under its lease, keeps nothing.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use geminga_bookie_client::{ClientMetrics, LedgerClient, LedgerClientConfig, LedgerClientParts};
 use geminga_broker::{Broker, BrokerConfig, BrokerParts, StartError};
@@ -18,6 +18,9 @@ use crate::{
     },
     settings::{Effective, SettingsError},
 };
+
+/// How long a broker that stops serves on where no other one is there: the pod that replaces it takes a few seconds.
+const SUCCESSOR_WAIT: Duration = Duration::from_secs(10);
 
 /// Runs until a signal, or until it cannot do its work any more.
 pub(crate) async fn run(settings: Effective, global: &Global) -> Result<(), Failure> {
@@ -103,6 +106,7 @@ fn broker_config(settings: &Effective) -> Result<BrokerConfig, SettingsError> {
     let listen = settings.parse::<SocketAddr>("broker.listen")?;
     let mut config = BrokerConfig::new(member_id(settings, "broker.id")?, listen);
     config.advertise = settings.text("broker.advertise").map(ToOwned::to_owned);
+    config.successor_wait = SUCCESSOR_WAIT;
     config.lease_ttl = settings.millis("metadata.lease_ttl_ms")?;
     config.auto_create_topics = settings.parse("broker.auto_create_topics")?;
     Ok(config)

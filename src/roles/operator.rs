@@ -44,7 +44,9 @@ pub(crate) async fn run(settings: Effective, global: &Global) -> Result<(), Fail
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let config = config(&settings)?;
     let id = config.id.clone();
-    let client = geminga_operator::connect().await.map_err(|why| {
+    let registry = MetricsRegistry::new();
+    let metrics = registry.with(Metrics::register);
+    let client = geminga_operator::connect_counted(&metrics).await.map_err(|why| {
         Failure::new(
             Code::Usage,
             format!("there is no way to Kubernetes, neither in a pod nor by KUBECONFIG: {why}"),
@@ -52,7 +54,6 @@ pub(crate) async fn run(settings: Effective, global: &Global) -> Result<(), Fail
         )
     })?;
     let tasks = Tasks::new("operator");
-    let registry = MetricsRegistry::new();
     let (ready, is_ready) = watch::channel(false);
     let listen = settings.parse::<SocketAddr>("operator.health_listen")?;
     let health = serve_health(listen, registry.clone(), is_ready, &tasks)
@@ -60,12 +61,12 @@ pub(crate) async fn run(settings: Effective, global: &Global) -> Result<(), Fail
         .map_err(|error| cannot_listen(&settings, "operator.health_listen", &error))?;
     let parts = OperatorParts {
         client,
-        servers: Arc::new(Clients::new(SERVER_TIMEOUT)),
+        servers: Arc::new(Clients::new(SERVER_TIMEOUT, metrics.clone())),
         address: Arc::new(broker_address),
         clock: Arc::new(SystemClock),
         random: Random::from_os(),
         tasks: tasks.child("controllers"),
-        metrics: registry.with(Metrics::register),
+        metrics,
         ready,
         config,
     };

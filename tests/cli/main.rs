@@ -1,5 +1,6 @@
 //! The binary as its user meets it: real processes, real files, real sockets, kill -9.
 
+mod check;
 mod contexts;
 mod harness;
 mod misuse;

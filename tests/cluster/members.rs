@@ -37,6 +37,19 @@ async fn members_start_in_any_order_and_a_drained_broker_shows_no_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_only_broker_serves_on_until_the_next_one_takes_over() {
+    let mut cluster = Cluster::start(ClusterSpec { brokers: 1, ..ClusterSpec::default() }).await;
+    let load = Load::start(&cluster, "orders", 4).await;
+    cluster.process("broker-0").signal(Signal::TERM);
+    cluster.process("broker-0").wrote("no other broker is there").await;
+    load.goes_on("the only broker was told to stop").await;
+    cluster.add_broker("broker-1").await;
+    assert_eq!(cluster.process("broker-0").ended().await, Some(0));
+    load.goes_on("the next broker has taken over").await;
+    load.finish(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: cargo cluster"]
 async fn a_rolling_restart_of_everything_loses_nothing() {
     let mut cluster =

@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use geminga_runtime::telemetry::MetricsRegistry;
 use opentelemetry_proto::tonic::{
     collector::trace::v1::{
         ExportTraceServiceRequest, ExportTraceServiceResponse,
@@ -103,7 +104,13 @@ async fn the_documentation_page_of_metrics_is_what_the_roles_serve() {
     }
     load.finish(&cluster).await;
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/metrics.md");
-    let made = markdown(&[("Broker", families(&broker)), ("Bookie", families(&bookie))]);
+    // An operator needs Kubernetes to run in; its figures are there without.
+    let registry = MetricsRegistry::new();
+    registry.with(geminga_operator::metrics::Metrics::register).fill();
+    let operator = registry.encode();
+    assert_open_metrics(&operator);
+    let roles = [("Broker", &broker), ("Bookie", &bookie), ("Operator", &operator)];
+    let made = markdown(&roles.map(|(role, page)| (role, families(page))));
     if std::env::var_os("UPDATE_DOCS").is_some() {
         std::fs::write(path, &made).expect("the page can be written");
     }

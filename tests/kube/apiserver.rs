@@ -1,15 +1,24 @@
 //! A kube-apiserver of the test's own, with its etcd; everything ends with it.
 
-use std::{fs, path::Path, process::Command, sync::OnceLock, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+    time::Duration,
+};
 
 use geminga_operator::crd::definitions;
 use k8s_openapi::{
-    api::core::v1::Namespace,
+    api::{
+        authentication::v1::TokenRequest,
+        core::v1::{Namespace, ServiceAccount},
+    },
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
 use kube::{
     Api, Client, Config,
-    api::{DynamicObject, Patch, PatchParams},
+    api::{DynamicObject, Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
     core::{ApiResource, GroupVersionKind},
 };
@@ -20,15 +29,24 @@ use rcgen::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::harness::{Etcd, Process, eventually, eventually_ok, free_port, geminga};
+use crate::{
+    harness::{Etcd, Process, eventually, eventually_ok, free_port, geminga},
+    helm::{OPERATOR, documents, rendered},
+};
 
 /// Everybody works in this namespace.
 pub(crate) const NAMESPACE: &str = "messaging";
+/// The operator's account, made by its chart.
+const ACCOUNT: &str = "geminga-operator";
 
 /// The API server.
 pub(crate) struct Kubernetes {
+    /// May do everything.
     pub(crate) client: Client,
-    kubeconfig: String,
+    /// The operator's, once it is logged in: with the rights of its chart and no others.
+    operator: OnceLock<Client>,
+    port: u16,
+    ca: String,
     directory: TempDir,
     _apiserver: Process,
     _etcd: Etcd,
@@ -73,8 +91,21 @@ fn write_keys(directory: &Path) -> String {
 }
 
 impl Kubernetes {
-    /// An API server that knows our kinds.
+    /// An API server that knows our kinds, and the operator's account with the rights of its chart.
     pub(crate) async fn start() -> Self {
+        let kubernetes = Self::bare().await;
+        kubernetes.define().await;
+        // What is missing in the chart's Role fails the tests.
+        let rbac = ["--namespace", NAMESPACE, "--show-only", "templates/rbac.yaml"];
+        for object in documents(&rendered(ACCOUNT, OPERATOR, &rbac).expect("the chart renders")) {
+            kubernetes.make(&object).await;
+        }
+        kubernetes.log_in_operator().await;
+        kubernetes
+    }
+
+    /// An API server with nothing in it but the tests' namespace.
+    pub(crate) async fn bare() -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let etcd = Etcd::start(directory.path(), 1).await;
         let ca = write_keys(directory.path());
@@ -98,18 +129,60 @@ impl Kubernetes {
             // Nobody makes the accounts that this one would ask for.
             .arg("--disable-admission-plugins=ServiceAccount");
         let apiserver = Process::start("kube-apiserver", command, directory.path());
-        let kubeconfig = kubeconfig(port, &ca);
+        let kubeconfig = kubeconfig(port, &ca, "admin-token");
         fs::write(directory.path().join("kubeconfig"), &kubeconfig).expect("written");
         let client = client(&kubeconfig).await;
         let kubernetes = Self {
             client,
-            kubeconfig: file("kubeconfig"),
+            operator: OnceLock::new(),
+            port,
+            ca,
             directory,
             _apiserver: apiserver,
             _etcd: etcd,
         };
         kubernetes.prepare().await;
         kubernetes
+    }
+
+    /// That of an administrator.
+    pub(crate) fn kubeconfig(&self) -> PathBuf {
+        self.directory.path().join("kubeconfig")
+    }
+
+    fn operator_kubeconfig(&self) -> PathBuf {
+        self.directory.path().join("operator.kubeconfig")
+    }
+
+    /// Takes a token for the operator's account: operators work with its rights from now on.
+    pub(crate) async fn log_in_operator(&self) {
+        let accounts: Api<ServiceAccount> = self.api();
+        let wish = json!({"spec": {"audiences": [], "expirationSeconds": 3_600}});
+        let wish: TokenRequest = serde_json::from_value(wish).expect("a request");
+        let params = PostParams::default();
+        let token = accounts.create_token_request(ACCOUNT, &params, &wish).await.expect("a token");
+        let token = token.status.expect("a token").token;
+        let kubeconfig = kubeconfig(self.port, &self.ca, &token);
+        fs::write(self.operator_kubeconfig(), &kubeconfig).expect("written");
+        assert!(self.operator.set(client(&kubeconfig).await).is_ok(), "it logs in once");
+    }
+
+    /// The operator's way to the API server.
+    pub(crate) fn operator_client(&self) -> Client {
+        self.operator.get().expect("it is logged in").clone()
+    }
+
+    /// Makes an object of a chart, in its own namespace or in the tests'.
+    async fn make(&self, object: &Value) {
+        let text = |path: &str| object.pointer(path).and_then(Value::as_str).unwrap_or_default();
+        let (group, version) =
+            text("/apiVersion").split_once('/').unwrap_or(("", text("/apiVersion")));
+        let kind = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, text("/kind")));
+        let api: Api<DynamicObject> =
+            Api::namespaced_with(self.client.clone(), text("/metadata/namespace"), &kind);
+        let params = PatchParams::apply("test");
+        let done = api.patch(text("/metadata/name"), &params, &Patch::Apply(object)).await;
+        done.unwrap_or_else(|error| panic!("{object} is refused: {error}"));
     }
 
     async fn prepare(&self) {
@@ -129,14 +202,25 @@ impl Kubernetes {
             done.map(drop).map_err(|error| format!("the namespace: {error}"))
         })
         .await;
+    }
+
+    /// Our kinds.
+    async fn define(&self) {
         let crds: Api<CustomResourceDefinition> = Api::all(self.client.clone());
-        let names: Vec<String> =
-            definitions().iter().map(|crd| crd.metadata.name.clone().expect("a name")).collect();
-        for (crd, name) in definitions().iter().zip(&names) {
+        let definitions = definitions();
+        let names: Vec<&str> =
+            definitions.iter().filter_map(|crd| crd.metadata.name.as_deref()).collect();
+        for (crd, name) in definitions.iter().zip(&names) {
             let done = crds.patch(name, &PatchParams::apply("test"), &Patch::Apply(crd)).await;
             done.unwrap_or_else(|error| panic!("{name} is refused: {error}"));
         }
-        for name in &names {
+        self.serves(&names).await;
+    }
+
+    /// Waits until the API server serves these definitions.
+    pub(crate) async fn serves(&self, names: &[&str]) {
+        let crds: Api<CustomResourceDefinition> = Api::all(self.client.clone());
+        for name in names {
             eventually(&format!("{name} is served"), async || {
                 let status = crds.get(name).await.ok()?.status?;
                 let conditions = status.conditions.unwrap_or_default();
@@ -213,16 +297,21 @@ impl Kubernetes {
         .await
     }
 
-    /// An operator as a process.
+    /// An operator as a process, logged in before.
     pub(crate) fn operator(&self, id: &str, health: u16) -> Process {
+        self.operator_with(id, health, 300)
+    }
+
+    pub(crate) fn operator_with(&self, id: &str, health: u16, resync_ms: u64) -> Process {
         let mut command = geminga();
         command
             .arg("operator")
             .args(["--operator-id", id, "--operator-namespace", NAMESPACE])
             .args(["--operator-lease-namespace", NAMESPACE, "--operator-lease-ttl-ms", "3000"])
-            .args(["--operator-resync-ms", "300", "--log-format", "json"])
+            .arg(format!("--operator-resync-ms={resync_ms}"))
+            .args(["--log-format", "json"])
             .arg(format!("--operator-health-listen=127.0.0.1:{health}"))
-            .env("KUBECONFIG", &self.kubeconfig);
+            .env("KUBECONFIG", self.operator_kubeconfig());
         Process::start(id, command, self.directory.path())
     }
 
@@ -238,15 +327,15 @@ pub(crate) fn condition(object: &Value, type_: &str) -> Value {
     found.cloned().unwrap_or_default()
 }
 
-fn kubeconfig(port: u16, ca: &str) -> String {
+fn kubeconfig(port: u16, ca: &str, token: &str) -> String {
     json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "test",
         "clusters": [{"name": "test", "cluster": {
             "server": format!("https://127.0.0.1:{port}"),
             "certificate-authority-data": base64::Engine::encode(&base64::prelude::BASE64_STANDARD, ca),
         }}],
-        "users": [{"name": "admin", "user": {"token": "admin-token"}}],
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "admin"}}],
+        "users": [{"name": "test", "user": {"token": token}}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": NAMESPACE}}],
     })
     .to_string()
 }

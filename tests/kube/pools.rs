@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use k8s_openapi::api::{
     apps::v1::{Deployment, StatefulSet},
     core::v1::{PersistentVolumeClaim, Pod},
+    events::v1::Event,
     storage::v1::StorageClass,
 };
 use kube::{
@@ -20,14 +21,14 @@ use crate::{
 };
 
 /// An API server, a scripted cluster, an operator, and what a StatefulSet's controller would do.
-struct World {
-    kubernetes: Kubernetes,
-    server: Scripted,
+pub(crate) struct World {
+    pub(crate) kubernetes: Kubernetes,
+    pub(crate) server: Scripted,
 }
 
 impl World {
     /// A cluster `demo` with a pool `main` of `replicas` bookies, all of them up.
-    async fn start(replicas: i32) -> (Self, Running) {
+    pub(crate) async fn start(replicas: i32) -> (Self, Running) {
         let world = Self { kubernetes: Kubernetes::start().await, server: Scripted::new() };
         let operator = world.server.operator(&world.kubernetes, "operator");
         world.server.say(|_| {});
@@ -49,13 +50,21 @@ impl World {
     }
 
     async fn image(&self, image: &str) {
-        let spec = json!({"image": image, "etcd": {"endpoints": ["http://etcd:2379"]}, "brokers": {"replicas": 2}});
+        // In other words than the API server's own: it stores 500m and 1Gi.
+        let resources = json!({"requests": {"cpu": "0.5", "memory": "1024Mi"}});
+        let spec = json!({
+            "image": image, "etcd": {"endpoints": ["http://etcd:2379"]},
+            "brokers": {"replicas": 2, "resources": resources},
+        });
         self.kubernetes.apply("GemingaCluster", "demo", spec).await.expect("sound");
     }
 
-    async fn pool(&self, replicas: i32, size: &str) {
+    pub(crate) async fn pool(&self, replicas: i32, size: &str) {
         let storage = json!({"size": size, "storageClass": "standard"});
-        let spec = json!({"cluster": "demo", "replicas": replicas, "storage": storage});
+        let resources = json!({"limits": {"cpu": "1500m", "memory": "0.5Gi"}});
+        let spec = json!({
+            "cluster": "demo", "replicas": replicas, "storage": storage, "resources": resources,
+        });
         self.kubernetes.apply("BookiePool", "main", spec).await.expect("sound");
     }
 
@@ -66,12 +75,16 @@ impl World {
         (present && ready["status"] == "True" && ready["reason"] == reason).then_some(())
     }
 
-    async fn status(&self) -> Value {
+    pub(crate) async fn status(&self) -> Value {
         self.kubernetes.get("BookiePool", "main").await.expect("there")["status"].clone()
     }
 
     /// Waits for it, and plays the controller meanwhile.
-    async fn until<T>(&self, what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+    pub(crate) async fn until<T>(
+        &self,
+        what: &str,
+        mut condition: impl AsyncFnMut() -> Option<T>,
+    ) -> T {
         eventually_ok(async || {
             self.play().await;
             match condition().await {
@@ -83,7 +96,7 @@ impl World {
     }
 
     /// One turn of a StatefulSet's controller, and of bookies that start and stop.
-    async fn play(&self) {
+    pub(crate) async fn play(&self) {
         let sets: Api<StatefulSet> = self.kubernetes.api();
         let Some(set) = sets.get_opt("main-bookie").await.expect("it answers") else { return };
         let set = json!(set);
@@ -93,8 +106,10 @@ impl World {
             let name = format!("main-bookie-{ordinal}");
             self.claim(&name, &set).await;
             if !pods.contains(&name) {
-                self.pod(&name, &set["spec"]["template"]).await;
-                self.server.bookie(&name, |bookie| bookie.registered = true);
+                let runs = self.pod(&name, &set["spec"]["template"]).await;
+                if runs {
+                    self.server.bookie(&name, |bookie| bookie.registered = true);
+                }
             }
         }
         self.release_claims().await;
@@ -135,7 +150,8 @@ impl World {
         all.items.iter().filter(going).map(ResourceExt::name_any).collect()
     }
 
-    async fn pod(&self, name: &str, template: &Value) {
+    /// Makes the pod; whether it runs: nobody has the image `geminga:missing`.
+    async fn pod(&self, name: &str, template: &Value) -> bool {
         let api: Api<Pod> = self.kubernetes.api();
         let mut metadata = template["metadata"].clone();
         metadata["name"] = json!(name);
@@ -144,9 +160,19 @@ impl World {
         let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec});
         let pod = serde_json::from_value(pod).expect("a pod");
         api.create(&PostParams::default(), &pod).await.expect("the template makes a pod");
-        let status = json!({"status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}});
+        let runs = template["spec"]["containers"][0]["image"] != "geminga:missing";
+        let container = |state: Value| json!([{"name": "bookie", "image": "i", "imageID": "", "ready": runs, "restartCount": 0, "state": state}]);
+        let status = if runs {
+            let ready = json!([{"type": "Ready", "status": "True"}]);
+            json!({"phase": "Running", "conditions": ready, "containerStatuses": container(json!({"running": {}}))})
+        } else {
+            let waiting = json!({"reason": "ImagePullBackOff", "message": "no such image"});
+            json!({"phase": "Pending", "containerStatuses": container(json!({"waiting": waiting}))})
+        };
+        let status = json!({"status": status});
         let patch = Patch::Merge(&status);
         api.patch_status(name, &PatchParams::default(), &patch).await.expect("a status");
+        runs
     }
 
     /// Makes the claim, or gives it what it asks for.
@@ -173,7 +199,7 @@ impl World {
     }
 
     /// The proof: the server says so, and then the bookie's cookie is gone.
-    fn prove(&self, bookie: &str) {
+    pub(crate) fn prove(&self, bookie: &str) {
         self.server.say(|facts| facts.bookies.retain(|known| known.id != bookie));
     }
 }
@@ -231,6 +257,86 @@ async fn fewer_bookies_drain_one_by_one_over_a_restart_and_volumes_go_only_with_
         .await;
     assert!(world.server.calls().contains(&"cancel main-bookie-3".to_owned()));
     assert_eq!(world.status().await["drains"], Value::Null);
+
+    // And fewer once more: what went with a proof before needs one of its own now.
+    let asked = world.server.calls().len();
+    world.pool(3, "10Gi").await;
+    for (ordinal, left) in [(4, 4), (3, 3)] {
+        let bookie = format!("main-bookie-{ordinal}");
+        world
+            .until("it is drained", async || {
+                (world.server.calls().last() == Some(&format!("drain {bookie}"))).then_some(())
+            })
+            .await;
+        assert_eq!(world.claims().await, names("data-", 0..left + 1), "not before the proof");
+        world.prove(&bookie);
+        world
+            .until("its volume goes", async || {
+                (world.claims().await == names("data-", 0..left)).then_some(())
+            })
+            .await;
+    }
+    world
+        .until("the pool is ready", async || world.ready("BookiePool", "main", "AsSpecified").await)
+        .await;
+    assert_eq!(world.server.calls()[asked..], ["drain main-bookie-4", "drain main-bookie-3"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_image_breaks_one_bookie_whose_pod_is_named_and_the_old_image_mends_it() {
+    let (world, _operator) = World::start(3).await;
+    let before = uids(&world).await;
+    world.image("geminga:missing").await;
+    world
+        .until("a condition names the pod and the reason", async || {
+            let status = world.status().await;
+            let ready = condition(&json!({"status": status}), "Ready");
+            let message = ready["message"].as_str()?;
+            let says = message.contains("pod main-bookie-2: ImagePullBackOff: no such image");
+            (says && ready["reason"] == "PodFailing").then_some(())
+        })
+        .await;
+    assert_eq!(uids(&world).await.intersection(&before).count(), 2, "the others serve on");
+    let events: Api<Event> = world.kubernetes.api();
+    eventually("an Event warns", async || {
+        let all = events.list(&ListParams::default()).await.ok()?;
+        let warns = |event: &&Event| event.type_.as_deref() == Some("Warning");
+        all.iter()
+            .filter(warns)
+            .find(|event| event.reason.as_deref() == Some("PodFailing"))
+            .map(drop)
+    })
+    .await;
+
+    // Its lease did not run out yet, and nobody could tell whether copies are whole: a process that does not run needs neither.
+    world.server.say(|facts| facts.under_replicated = 3);
+    world.image("geminga:1").await;
+    world
+        .until("all three run", async || world.ready("BookiePool", "main", "AsSpecified").await)
+        .await;
+    let after = uids(&world).await;
+    assert_eq!((after.len(), after.intersection(&before).count()), (3, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_turn_that_panics_hurts_no_other_object_and_is_tried_again() {
+    let kubernetes = Kubernetes::start().await;
+    let server = Scripted::new();
+    server.say(|_| {});
+    let _operator = server.operator(&kubernetes, "operator");
+    let spec = json!({"servers": ["http://anywhere:1"]});
+    kubernetes.apply("GemingaConnection", "out", spec).await.expect("sound");
+    let spec = json!({"clusterRef": {"kind": "GemingaConnection", "name": "out"}});
+    for topic in ["poison", "fine", "poison-not"] {
+        kubernetes.apply("Topic", topic, spec.clone()).await.expect("sound");
+    }
+    for topic in ["fine", "poison-not"] {
+        kubernetes.settles("Topic", topic, "True", "AsSpecified").await;
+    }
+    // What broke it goes: its next turn is another one.
+    let annotations = json!({"geminga.io/paused": "true"});
+    kubernetes.apply_with("Topic", "poison", spec, annotations).await.expect("sound");
+    kubernetes.settles("Topic", "poison", "Unknown", "Paused").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,6 +15,8 @@ struct World {
     kubernetes: Kubernetes,
     admin: Admin,
     health: u16,
+    /// Where the standalone listens, with its metrics.
+    ports: [u16; 2],
     standalone: Option<Process>,
     _operator: Process,
     _client: Client,
@@ -23,14 +25,9 @@ struct World {
 impl World {
     async fn start() -> Self {
         let kubernetes = Kubernetes::start().await;
-        let (port, metrics, health) = (free_port(), free_port(), free_port());
-        let mut command = geminga();
-        command
-            .args(["standalone", "--bookies", "3", "--data-dir"])
-            .arg(kubernetes.directory().join("data"))
-            .arg(format!("--listen=127.0.0.1:{port}"))
-            .arg(format!("--health-listen=127.0.0.1:{metrics}"));
-        let standalone = Process::start("standalone", command, kubernetes.directory());
+        let (ports, health) = ([free_port(), free_port()], free_port());
+        let standalone = standalone(&kubernetes, ports);
+        let [port, _] = ports;
         let server = format!("http://127.0.0.1:{port}");
         let client = Client::builder().server(&server).build().await.expect("a client");
         let operator = kubernetes.operator("operator-0", health);
@@ -42,10 +39,15 @@ impl World {
             kubernetes,
             admin: client.admin(),
             health,
+            ports,
             standalone: Some(standalone),
             _operator: operator,
             _client: client,
         }
+    }
+
+    fn start_standalone_again(&mut self) {
+        self.standalone = Some(standalone(&self.kubernetes, self.ports));
     }
 
     async fn topic(&self, name: &str, change: Value) -> Value {
@@ -74,6 +76,59 @@ impl World {
         let scope = topic_name(topic).expect("a name").to_string();
         self.admin.policies(&scope).await.expect("it answers").own.unwrap_or_default()
     }
+}
+
+fn standalone(kubernetes: &Kubernetes, [port, metrics]: [u16; 2]) -> Process {
+    let mut command = geminga();
+    command
+        .args(["standalone", "--bookies", "3", "--data-dir"])
+        .arg(kubernetes.directory().join("data"))
+        .arg(format!("--listen=127.0.0.1:{port}"))
+        .arg(format!("--health-listen=127.0.0.1:{metrics}"));
+    Process::start("standalone", command, kubernetes.directory())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_objects_of_a_silent_server_keep_nobody_waiting_and_go_on_when_it_is_back() {
+    const TOPICS: usize = 40;
+    let mut world = World::start().await;
+    world.topic("before", json!({})).await;
+    world.kubernetes.settles("Topic", "before", "True", "AsSpecified").await;
+    // It takes connections and answers nothing: each call would take its whole time.
+    let standalone = world.standalone.as_mut().expect("it runs");
+    standalone.signal(rustix::process::Signal::STOP);
+    for n in 0..TOPICS {
+        world.topic(&format!("t{n}"), json!({})).await;
+    }
+    let begun = tokio::time::Instant::now();
+    for n in 0..TOPICS {
+        let kubernetes = &world.kubernetes;
+        kubernetes.settles("Topic", &format!("t{n}"), "Unknown", "ServerUnreachable").await;
+    }
+    // If each waited for an answer they would take some 50 s.
+    assert!(begun.elapsed().as_secs() < 30, "{:?}", begun.elapsed());
+    let page = metrics(world.health).await;
+    let failed = "geminga_operator_server_calls_failed_total{reason=\"UNREACHABLE\"}";
+    assert!(page.contains(failed), "{page}");
+
+    world.standalone.take().expect("it runs").kill();
+    world.start_standalone_again();
+    for n in 0..TOPICS {
+        world.kubernetes.settles("Topic", &format!("t{n}"), "True", "AsSpecified").await;
+    }
+    let counted = async |topics: usize| {
+        let ready =
+            format!("geminga_operator_objects{{kind=\"Topic\",state=\"ready\"}} {topics}\n");
+        eventually(&format!("{topics} are counted"), async || {
+            metrics(world.health).await.contains(&ready).then_some(())
+        })
+        .await;
+    };
+    counted(TOPICS + 1).await;
+    world.delete("Topic", "before").await;
+    counted(TOPICS).await;
+    let page = metrics(world.health).await;
+    assert!(page.contains("geminga_operator_api_requests_total{code=\"200\"}"), "{page}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

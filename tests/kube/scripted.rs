@@ -72,7 +72,7 @@ impl Scripted {
         let stop = CancellationToken::new();
         let tasks = Tasks::new("operator");
         let parts = OperatorParts {
-            client: kubernetes.client.clone(),
+            client: kubernetes.operator_client(),
             servers: Arc::new(self.clone()),
             address: Arc::new(|_, name| format!("scripted://{name}")),
             clock: Arc::new(SystemClock),
@@ -134,7 +134,9 @@ impl Server for Scripted {
         Ok(())
     }
 
-    async fn find(&self, _thing: &Thing) -> Result<Option<Found>, ServerError> {
+    async fn find(&self, thing: &Thing) -> Result<Option<Found>, ServerError> {
+        let name = thing.full_name();
+        assert!(!name.ends_with("/poison"), "the test wants a panic");
         Ok(None)
     }
 

@@ -9,7 +9,7 @@ pub struct AutoRecoveryConfig {
     pub audit_interval: Duration,
     /// An incarnation is lost when the auditor itself saw it missing for so long (A1).
     pub lost_after: Duration,
-    /// Pause between full scans while something is lost, missing or draining.
+    /// Pause between full scans while something is lost or missing; the longest one while a bookie drains.
     pub scan_interval: Duration,
     /// Pause between full scans otherwise.
     pub idle_scan_interval: Duration,

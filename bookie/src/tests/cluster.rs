@@ -113,6 +113,16 @@ impl Cluster {
         self.start_in(bookie, node.world).await.expect("repair of D7");
     }
 
+    /// Starts a bookie of the same name on an empty volume, with no word about an earlier one.
+    pub(super) async fn renew(&mut self, bookie: u32) {
+        let node = self.nodes.remove(&bookie).expect("known");
+        node.tasks.abort();
+        let mut world = World::new(self.random.u64());
+        world.store = self.store.clone();
+        world.config = node.world.config;
+        self.start_in(bookie, world).await.expect("the bookie starts");
+    }
+
     pub(super) fn incarnation(&self, bookie: u32) -> Incarnation {
         self.nodes[&bookie].bookie.incarnation()
     }

@@ -33,6 +33,16 @@ async fn a_drained_bookie_ends_with_a_proof_and_its_data_elsewhere() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_drain_with_nothing_to_move_is_proven_as_soon_as_two_scans_are_far_enough_apart() {
+    let cluster = Cluster::new(4).await;
+    pass(30).await;
+    cluster.drain(4, 1).await;
+    let least = cluster.config.proof_apart.as_secs();
+    let looks = 3 * cluster.config.audit_interval.as_secs();
+    eventually!(least + looks, cluster.wish(4).await.proof_revision > 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_drain_that_would_leave_too_few_bookies_waits_and_goes_on_when_there_is_one_more() {
     let mut cluster = Cluster::new(3).await;
     cluster.ledger(1, 10).await;
@@ -94,4 +104,46 @@ async fn an_open_ledger_keeps_the_proof_away_and_a_withdrawn_wish_leaves_the_boo
     pass(300).await;
     assert!(cluster.value(&keys::cookie(&format!("b{going}"))).await.is_some());
     assert!(cluster.value(&keys::draining_bookie(&format!("b{going}"))).await.is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_next_bookie_of_the_name_of_a_drained_one_stays_in_service_and_goes_only_with_a_proof_of_its_own()
+ {
+    let mut cluster = Cluster::new(4).await;
+    for ledger in 1..=4 {
+        cluster.ledger(ledger, 10).await;
+    }
+    let going = cluster.holders(1).await[0];
+    let before = cluster.incarnation(going);
+    cluster.drain(going, 1).await;
+    eventually!(600, cluster.wish(going).await.proof_revision > 0);
+    eventually!(60, cluster.registration(going).await.is_none());
+    cluster.renew(going).await;
+    assert_ne!(cluster.incarnation(going), before);
+    let wish = keys::draining_bookie(&format!("b{going}"));
+    assert!(cluster.value(&wish).await.is_none(), "it went as the new cookie came");
+    for ledger in 5..=12 {
+        cluster.ledger(ledger, 10).await;
+    }
+    pass(600).await;
+    assert!(!cluster.registration(going).await.expect("registered").draining);
+    assert!(cluster.value(&keys::cookie(&format!("b{going}"))).await.is_some());
+
+    // And once more: what it holds by now is moved away first.
+    let incarnation = cluster.incarnation(going);
+    let named = async |cluster: &Cluster| {
+        let mut named = 0;
+        for ledger in 1..=12 {
+            let metadata = cluster.metadata(ledger).await;
+            named += u32::from(metadata.fragments.iter().any(|f| f.names(incarnation)));
+        }
+        named
+    };
+    assert!(named(&cluster).await > 0);
+    cluster.drain(going, 2).await;
+    eventually!(900, cluster.wish(going).await.proof_revision > 0);
+    assert_eq!(named(&cluster).await, 0);
+    for ledger in 1..=12 {
+        assert_eq!(cluster.read_all(ledger).await, texts(10));
+    }
 }

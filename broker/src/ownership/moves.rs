@@ -64,12 +64,30 @@ impl Ownership {
                     timeout(TELL_MAX, self.inner.claims.register(lease, true)).await;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let drain = self.inner.parts.config.move_drain.min(left / 2);
-            let ttl = self.inner.parts.config.lease_ttl;
-            self.hand_over_all(self.moves(ttl), drain).await;
+            let config = &self.inner.parts.config;
+            self.successor(Instant::now() + config.successor_wait.min(left / 3)).await;
+            let left = deadline.saturating_duration_since(Instant::now());
+            let drain = config.move_drain.min(left / 2);
+            self.hand_over_all(self.moves(config.lease_ttl), drain).await;
         };
         if tokio::time::timeout_at(deadline, hand_over).await.is_err() {
             tracing::warn!("not everything was handed over in time");
+        }
+    }
+
+    /// Waits until there is a broker to hand over to; meanwhile what is loaded here is served. Where pods are replaced, the next
+    /// one is on its way. Not beyond `end`, and not where nothing is loaded.
+    async fn successor(&self, end: Instant) {
+        let mut version = self.inner.members.version();
+        let ttl = self.inner.parts.config.lease_ttl;
+        let nobody = || !self.served().is_empty() && self.moves(ttl).is_empty();
+        if nobody() && Instant::now() < end {
+            tracing::info!("no other broker is there: serving on until one comes, for a while");
+        }
+        while nobody() {
+            if !matches!(tokio::time::timeout_at(end, version.changed()).await, Ok(Ok(()))) {
+                return;
+            }
         }
     }
 

@@ -1,14 +1,16 @@
 //! What all controllers share, and how an error becomes what a status says.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use geminga_client::Reason as ServerReason;
-use geminga_runtime::clock::SharedClock;
+use geminga_runtime::{clock::SharedClock, random::Random};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
     Client,
     runtime::events::{Event, EventType, Recorder},
 };
+use parking_lot::Mutex;
+use tokio::sync::OwnedMutexGuard;
 
 use crate::{
     crd::{ClusterKind, ClusterRef, GemingaCluster, GemingaConnection, Reason, StatusReport},
@@ -19,6 +21,10 @@ use crate::{
 
 /// How soon something that is under way is looked at again, where no event comes first.
 pub(crate) const SOON: Duration = Duration::from_secs(5);
+/// Pause after a turn that broke off.
+pub(crate) const RETRY: Duration = Duration::from_secs(5);
+/// Longest word of an Event that tells one step from another, as the API has it.
+const ACTION_MAX: usize = 128;
 
 /// Where the brokers of a cluster are: namespace and name to an address.
 pub type Address = Arc<dyn Fn(&str, &str) -> String + Send + Sync>;
@@ -34,6 +40,10 @@ pub struct Context {
     pub address: Address,
     /// Wall time.
     pub clock: SharedClock,
+    /// Chance.
+    pub random: Random,
+    /// Who works at what nobody else may work at meanwhile.
+    pub turns: Turns,
     /// Events.
     pub recorder: Recorder,
     /// Figures.
@@ -42,15 +52,39 @@ pub struct Context {
     pub resync: Duration,
 }
 
+/// Turns that exclude each other, by a name of what they work at.
+#[derive(Clone, Debug, Default)]
+pub struct Turns(Arc<Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>>);
+
+impl Turns {
+    /// Waits until nobody else works at it; it is ours until the guard goes. Cancel-safe.
+    pub(crate) async fn begin(&self, what: &str) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.0.lock();
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            Arc::clone(locks.entry(what.to_owned()).or_default())
+        };
+        lock.lock_owned().await
+    }
+}
+
 /// Why a reconciliation broke off.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The Kubernetes API.
-    #[error("the Kubernetes API: {0}")]
+    #[error("the Kubernetes API: {}", words(.0))]
     Kubernetes(#[from] Box<kube::Error>),
     /// The Geminga server.
     #[error("the server: {0}")]
     Server(#[from] ServerError),
+}
+
+/// The API server's own words, without the answer that they came in.
+fn words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) if !status.message.is_empty() => status.message.clone(),
+        error => error.to_string(),
+    }
 }
 
 impl From<kube::Error> for Error {
@@ -142,8 +176,9 @@ impl Context {
         let event = Event {
             type_,
             reason: format!("{reason:?}"),
+            // Events of one reason and action are counted as one, whatever their notes say.
+            action: note.chars().take(ACTION_MAX).collect(),
             note: Some(note.chars().take(1_000).collect()),
-            action: "Reconcile".into(),
             secondary: None,
         };
         if let Err(error) = self.recorder.publish(&event, about).await {
@@ -169,6 +204,20 @@ mod tests {
         let conflict = refused(ServerReason::AlreadyExists);
         assert!(conflict.stalled && !conflict.reconciling);
         assert_eq!(conflict.reason, Reason::Conflict);
+    }
+
+    #[tokio::test]
+    async fn turns_at_one_thing_follow_each_other_and_others_go_on() {
+        let turns = Turns::default();
+        let first = turns.begin("a").await;
+        let mut second = std::pin::pin!(turns.begin("a"));
+        assert!(futures::poll!(&mut second).is_pending(), "somebody works at it");
+        drop(turns.begin("b").await);
+        assert!(futures::poll!(&mut second).is_pending(), "the lock of a busy thing is kept");
+        drop(first);
+        drop(second.await);
+        drop(turns.begin("c").await);
+        assert_eq!(turns.0.lock().len(), 1, "nothing is kept of what nobody works at");
     }
 
     #[test]

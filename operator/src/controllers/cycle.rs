@@ -1,22 +1,28 @@
 //! One turn of a controller, the same for every kind: read the object anew, observe, plan, apply, write the status.
 
-use std::{fmt::Display, future::Future, sync::Arc};
+use std::{fmt::Display, future::Future, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
+use futures::FutureExt;
 use kube::{
     ResourceExt,
     runtime::{controller::Action, events::EventType},
 };
 use serde::Serialize;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::{
-    context::{Context, Error, SOON},
+    context::{Context, Error, RETRY, SOON},
     marks::Marks,
 };
 use crate::{
     crd::{Condition, ConditionStatus, ConditionType, Reason, StatusReport},
     kubernetes::{Namespace, Ours},
+    metrics::State,
 };
+
+/// The longest turn: a connection to Kubernetes that went silent must not keep a worker for ever. What was done stays done,
+/// and the next turn goes on from it.
+const TURN_MAX: Duration = Duration::from_secs(120);
 
 /// What a kind's controller has to say of one turn.
 pub(crate) struct Planned<A, S> {
@@ -38,6 +44,14 @@ pub(crate) trait Controlled: Ours {
     type Status: Status;
     type Action: Display + Send + Sync;
 
+    /// Whether what it waits for comes from outside, without any event: it is asked less and less often.
+    const WAITS: bool = false;
+
+    /// What only one object at a time may be worked at, by any controller; none: nothing.
+    fn alone(&self) -> Option<String> {
+        None
+    }
+
     /// What was last written.
     fn before(&self) -> Self::Status;
 
@@ -57,45 +71,84 @@ pub(crate) trait Controlled: Ours {
     ) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
-/// One turn. An object that is gone is none.
+/// One turn. An object that is gone is none; a turn that panics or does not end is tried again, and hurts no other object.
 pub(crate) async fn turn<K: Controlled + Send + Sync>(
     object: Arc<K>,
     context: Arc<Context>,
 ) -> Result<Action, Error> {
-    let start = Instant::now();
     let kind = K::kind(&());
-    let done = whole_turn(&*object, &context).await;
-    let outcome = match &done {
-        Ok(Some(report)) => outcome(report),
-        Ok(None) => "idle",
-        Err(error) => {
-            tracing::warn!(%error, %kind, name = object.name_any(), "reconciliation broke off");
-            "failed"
+    let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+    // Not counted as busy while it waits: others of its cluster are.
+    let _alone = match object.alone() {
+        Some(what) => Some(context.turns.begin(&what).await),
+        None => None,
+    };
+    let busy = context.metrics.busy(&kind);
+    let start = Instant::now();
+    let whole = AssertUnwindSafe(whole_turn(&*object, &context)).catch_unwind();
+    let done = timeout(TURN_MAX, whole).await;
+    drop(busy);
+    let (outcome, next) = match done {
+        Ok(Ok(Ok(Some(turned)))) => {
+            let state = state(&turned.report);
+            context.metrics.on_state(&kind, &namespace, &name, Some(state));
+            (state.as_str(), Ok(Action::requeue(pause::<K>(&turned, &context))))
+        }
+        Ok(Ok(Ok(None))) => {
+            context.metrics.on_state(&kind, &namespace, &name, None);
+            (State::Idle.as_str(), Ok(Action::await_change()))
+        }
+        Ok(Ok(Err(error))) => {
+            tracing::warn!(%error, %kind, namespace, name, "reconciliation broke off");
+            ("failed", Err(error))
+        }
+        Ok(Err(_)) => {
+            tracing::error!(%kind, namespace, name, "reconciliation panicked");
+            ("failed", Ok(Action::requeue(RETRY)))
+        }
+        Err(_) => {
+            tracing::error!(%kind, namespace, name, "reconciliation does not end");
+            ("failed", Ok(Action::requeue(RETRY)))
         }
     };
     context.metrics.on_reconcile(&kind, outcome, start.elapsed());
-    Ok(match done? {
-        // What is under way is looked at soon, everything else by the timer that finds drift.
-        Some(report) if report.reconciling => Action::requeue(SOON.min(context.resync)),
-        Some(_) => Action::requeue(context.resync),
-        None => Action::await_change(),
-    })
+    next
 }
 
-fn outcome(report: &StatusReport) -> &'static str {
+/// What a turn left behind.
+struct Turned {
+    report: StatusReport,
+    /// How long it has been reconciling, or not.
+    for_so_long: Duration,
+}
+
+/// When the object is looked at again without any event: soon while something is under way, else by the timer that finds
+/// drift, up to a fifth earlier, so that many objects spread out. One that waits for others is asked as often as it waited
+/// long: a thousand that wait for one server are no storm.
+fn pause<K: Controlled>(turned: &Turned, context: &Context) -> Duration {
+    let soon = SOON.min(context.resync);
+    if turned.report.reconciling {
+        let longest = if K::WAITS { context.resync } else { soon };
+        return turned.for_so_long.clamp(soon, longest);
+    }
+    let resync_ms = u64::try_from(context.resync.as_millis()).unwrap_or(u64::MAX);
+    context.resync - Duration::from_millis(context.random.below(resync_ms / 5))
+}
+
+fn state(report: &StatusReport) -> State {
     match report {
-        StatusReport { stalled: true, .. } => "stalled",
-        StatusReport { ready: ConditionStatus::Unknown, reconciling: true, .. } => "unknown",
-        StatusReport { reconciling: true, .. } => "working",
-        StatusReport { ready: ConditionStatus::True, .. } => "ready",
-        _ => "idle",
+        StatusReport { stalled: true, .. } => State::Stalled,
+        StatusReport { ready: ConditionStatus::Unknown, reconciling: true, .. } => State::Unknown,
+        StatusReport { reconciling: true, .. } => State::Working,
+        StatusReport { ready: ConditionStatus::True, .. } => State::Ready,
+        _ => State::Idle,
     }
 }
 
 async fn whole_turn<K: Controlled + Send + Sync>(
     stored: &K,
     context: &Context,
-) -> Result<Option<StatusReport>, Error> {
+) -> Result<Option<Turned>, Error> {
     let (namespace, name) = (stored.namespace().unwrap_or_default(), stored.name_any());
     let kubernetes = Namespace::new(&context.client, &namespace);
     // The controller's copy may be older than our last status, which has the notes that keep data safe.
@@ -137,8 +190,11 @@ async fn whole_turn<K: Controlled + Send + Sync>(
             }
         }
     }
-    let conditions = report.conditions(before.conditions(), marks.generation, context.clock.now());
+    let now = context.clock.now();
+    let conditions = report.conditions(before.conditions(), marks.generation, now);
     let news = news(before.conditions(), &conditions);
+    let reconciling = conditions.iter().find(|c| c.type_ == ConditionType::Reconciling);
+    let for_so_long = reconciling.map(|c| c.lasted(now)).unwrap_or_default();
     status.finish(marks.generation, conditions, shown);
     if status != before {
         match kubernetes.write_status::<K>(&name, &status).await {
@@ -146,14 +202,14 @@ async fn whole_turn<K: Controlled + Send + Sync>(
             done => done?,
         }
     }
-    if report.stalled && news {
+    if news && (report.stalled || report.reason.warns()) {
         let about = object.object_ref(&());
         context.tell(&about, EventType::Warning, report.reason, report.message.clone()).await;
     }
-    Ok(Some(report))
+    Ok(Some(Turned { report, for_so_long }))
 }
 
-/// Whether it is stalled for another reason than before.
+/// Whether it is stalled, or warned of, for another reason than before.
 fn news(before: &[Condition], now: &[Condition]) -> bool {
     let stalled = |conditions: &[Condition]| {
         let found = conditions.iter().find(|c| c.type_ == ConditionType::Stalled);

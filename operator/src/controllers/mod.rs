@@ -5,8 +5,10 @@ mod connection;
 pub mod context;
 mod cycle;
 pub mod marks;
+mod pods;
 mod policies;
 pub mod pool;
+pub mod preview;
 pub mod resource;
 
 use std::{sync::Arc, time::Duration};
@@ -32,22 +34,22 @@ use kube::{
 };
 
 use self::{
-    context::{Context, Error},
+    context::{Context, Error, RETRY},
     cycle::{Controlled, turn},
 };
 use crate::{
     crd::{
         BookiePool, GemingaCluster, GemingaConnection, Subscription, Tenant, Topic, TopicNamespace,
     },
+    metrics::Metrics,
     workloads::{CLUSTER_LABEL, COMPONENT_LABEL, POOL_LABEL},
 };
 
-/// Objects of one server kind that are worked on at a time.
-const RESOURCES_AT_ONCE: u16 = 8;
-/// Pause after a turn that broke off.
-const RETRY: Duration = Duration::from_secs(5);
+/// Objects of one kind that are worked on at a time: one server that does not answer must not keep the others waiting.
+const AT_ONCE: u16 = 8;
 
-/// Starts the controllers of every kind, in one namespace or in all. They end with `tasks`.
+/// Starts the controllers of every kind, in one namespace or in all. They end with `tasks`; one that ends by itself is a
+/// failure of `tasks`.
 pub fn start(context: Context, namespace: Option<&str>, tasks: &Tasks) {
     let context = Arc::new(context);
     let run = Runner { context, namespace, tasks };
@@ -87,10 +89,9 @@ impl Runner<'_> {
                 let namespace = pool.namespace().unwrap_or_default();
                 Some(ObjectRef::new(&pool.spec.cluster).within(&namespace))
             });
-        self.run("clusters", controller, 1);
+        self.run("clusters", controller);
     }
 
-    // One turn at a time: a pool that looks whether it may replace a bookie sees what the turn before it did.
     fn pools(&self) {
         let controller = Controller::new(self.api::<BookiePool>(), watcher::Config::default());
         let store = controller.store();
@@ -108,7 +109,7 @@ impl Runner<'_> {
                 let pools = store.state().into_iter().filter(of);
                 pools.map(|pool| ObjectRef::from_obj(&*pool)).collect::<Vec<_>>()
             });
-        self.run("pools", controller, 1);
+        self.run("pools", controller);
     }
 
     fn resources<K>(&self, name: &'static str)
@@ -116,10 +117,10 @@ impl Runner<'_> {
         K: Controlled + Send + Sync + 'static,
     {
         let controller = Controller::new(self.api::<K>(), watcher::Config::default());
-        self.run(name, controller, RESOURCES_AT_ONCE);
+        self.run(name, controller);
     }
 
-    fn run<K>(&self, name: &'static str, controller: Controller<K>, at_once: u16)
+    fn run<K>(&self, name: &'static str, controller: Controller<K>)
     where
         K: Controlled + Send + Sync + 'static,
     {
@@ -129,13 +130,19 @@ impl Runner<'_> {
             let token = token.clone();
             async move { token.cancelled().await }
         };
-        let config = Config::default().concurrency(at_once);
-        self.tasks.spawn(name, async move {
+        let config = Config::default().concurrency(AT_ONCE);
+        self.tasks.spawn_critical(name, async move {
+            let metrics = context.metrics.clone();
             let turns = controller
                 .with_config(config)
                 .graceful_shutdown_on(end)
                 .run(turn::<K>, retry::<K>, context);
-            turns.for_each(|done| async move { heard(name, done) }).await;
+            let told = turns.for_each(|done| {
+                heard(name, &metrics, done);
+                std::future::ready(())
+            });
+            told.await;
+            if token.is_cancelled() { Ok(()) } else { Err("the controller ended by itself") }
         });
     }
 }
@@ -151,19 +158,26 @@ fn labelled(object: &impl ResourceExt) -> Option<ObjectRef<BookiePool>> {
     Some(ObjectRef::new(pool).within(&namespace))
 }
 
-fn retry<K>(_object: Arc<K>, _error: &Error, _context: Arc<Context>) -> Action {
-    Action::requeue(RETRY)
+/// Not all at once: whatever broke one turn broke others in the same moment.
+fn retry<K>(_object: Arc<K>, _error: &Error, context: Arc<Context>) -> Action {
+    let more_ms = u64::try_from(RETRY.as_millis()).unwrap_or_default();
+    Action::requeue(RETRY + Duration::from_millis(context.random.below(more_ms)))
 }
 
-/// Watches that break are made again by the runtime; here they are only told.
-fn heard<K: Resource>(
+/// Watches that break are made again by the runtime, after a pause that grows; here they are only told.
+fn heard<K>(
     controller: &'static str,
+    metrics: &Metrics,
     done: Result<(ObjectRef<K>, Action), ControllerError<Error, watcher::Error>>,
 ) where
-    K::DynamicType: std::fmt::Debug,
+    K: Controlled,
 {
     match done {
-        Ok(_) | Err(ControllerError::ObjectNotFound(_) | ControllerError::ReconcilerFailed(..)) => {
+        Ok(_) | Err(ControllerError::ReconcilerFailed(..)) => {}
+        Err(ControllerError::ObjectNotFound(gone)) => {
+            let namespace = gone.namespace.as_deref().unwrap_or_default();
+            metrics.on_state(&K::kind(&()), namespace, &gone.name, None);
+            metrics.on_drain(namespace, &gone.name, None);
         }
         Err(error) => tracing::warn!(controller, %error, "watch broke"),
     }

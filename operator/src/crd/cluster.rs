@@ -27,10 +27,7 @@ use super::{Condition, PolicySpec, PullPolicy, Resources};
     ),
     printcolumn(name = "Brokers", type_ = "integer", json_path = ".status.brokers.ready", description = "Brokers that serve"),
     printcolumn(name = "Bookies", type_ = "integer", json_path = ".status.bookies", description = "Bookies that are registered"),
-    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
     printcolumn(name = "Image", type_ = "string", json_path = ".spec.image", priority = 1),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     validation = Rule::new("size(self.metadata.name) <= 40").message("a cluster's name has at most 40 characters")
 )]
 #[serde(rename_all = "camelCase")]

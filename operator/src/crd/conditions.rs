@@ -1,5 +1,7 @@
 //! Conditions: `Ready`, `Reconciling`, `Stalled`, each with a reason of one enum.
 
+use std::time::Duration;
+
 use geminga_runtime::clock::Timestamp;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -59,6 +61,8 @@ pub enum Reason {
     Applying,
     /// Pods are starting.
     Starting,
+    /// A pod cannot start, crashes, or does not go; the message names it, and why.
+    PodFailing,
     /// Pods are replaced, one at a time.
     Rolling,
     /// The next pod waits until every copy is whole and every bookie is there.
@@ -75,6 +79,13 @@ pub enum Reason {
     VolumesNeverShrink,
     /// The object is being deleted.
     Deleting,
+}
+
+impl Reason {
+    /// Whether it is told as a warning though the object is not stalled: it may pass by itself, and often does not.
+    pub(crate) fn warns(self) -> bool {
+        matches!(self, Self::PodFailing | Self::DrainBlocked)
+    }
 }
 
 /// One condition.
@@ -95,6 +106,17 @@ pub struct Condition {
     pub reason: Reason,
     /// Why, in a sentence.
     pub message: String,
+}
+
+impl Condition {
+    /// How long its status has held.
+    pub(crate) fn lasted(&self, now: Timestamp) -> Duration {
+        let since = self.last_transition_time.parse::<jiff::Timestamp>();
+        let since = since.map_or(now, |since| {
+            Timestamp(u64::try_from(since.as_millisecond()).unwrap_or_default())
+        });
+        now.since(since)
+    }
 }
 
 /// What a plan says about its object, before it becomes conditions.
@@ -217,6 +239,8 @@ mod tests {
         assert_eq!(second[0].last_transition_time, "1970-01-01T00:00:09Z", "ready changed");
         assert_eq!(second[1].last_transition_time, "1970-01-01T00:00:01Z", "still reconciling");
         assert!(second.iter().all(|c| c.observed_generation == 2 && c.reason == Reason::Rolling));
+        assert_eq!(second[1].lasted(Timestamp(9_500)), Duration::from_millis(8_500));
+        assert_eq!(second[1].lasted(Timestamp(0)), Duration::ZERO, "a clock that was set back");
     }
 
     #[test]

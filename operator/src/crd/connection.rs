@@ -18,18 +18,7 @@ use super::Condition;
     category = "geminga",
     doc = "A Geminga cluster that this operator does not run: Tenants, TopicNamespaces, Topics and Subscriptions can name it.",
     derive = "PartialEq",
-    printcolumn(name = "Cluster", type_ = "string", json_path = ".status.clusterId"),
-    printcolumn(
-        name = "Ready",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Ready\")].status"
-    ),
-    printcolumn(
-        name = "Reason",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
-    ),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+    printcolumn(name = "Cluster", type_ = "string", json_path = ".status.clusterId")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct GemingaConnectionSpec {

@@ -17,7 +17,9 @@ mod subscription;
 mod tenant;
 mod topic;
 
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceColumnDefinition, CustomResourceDefinition,
+};
 use kube::CustomResourceExt;
 
 pub use cluster::{
@@ -53,7 +55,7 @@ pub const FINALIZER: &str = "geminga.io/server-object";
 /// Every definition, in the order of the documentation.
 #[must_use]
 pub fn definitions() -> Vec<CustomResourceDefinition> {
-    vec![
+    let mut all = vec![
         GemingaCluster::crd(),
         BookiePool::crd(),
         GemingaConnection::crd(),
@@ -61,5 +63,25 @@ pub fn definitions() -> Vec<CustomResourceDefinition> {
         TopicNamespace::crd(),
         Topic::crd(),
         Subscription::crd(),
+    ];
+    for version in all.iter_mut().flat_map(|crd| &mut crd.spec.versions) {
+        version.additional_printer_columns.get_or_insert_default().extend(common_columns());
+    }
+    all
+}
+
+/// Columns of `kubectl get` that every kind has behind its own.
+fn common_columns() -> [CustomResourceColumnDefinition; 3] {
+    let ready = |field: &str| format!(".status.conditions[?(@.type==\"Ready\")].{field}");
+    let column = |name: &str, type_: &str, json_path: String| CustomResourceColumnDefinition {
+        name: name.into(),
+        type_: type_.into(),
+        json_path,
+        ..CustomResourceColumnDefinition::default()
+    };
+    [
+        column("Ready", "string", ready("status")),
+        column("Reason", "string", ready("reason")),
+        column("Age", "date", ".metadata.creationTimestamp".into()),
     ]
 }

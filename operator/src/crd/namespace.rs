@@ -17,18 +17,7 @@ use super::{ClusterRef, DeletionPolicy, PolicySpec, ResourceStatus};
     category = "geminga",
     doc = "A namespace of topics of a Geminga cluster.",
     derive = "PartialEq",
-    printcolumn(name = "Namespace", type_ = "string", json_path = ".status.serverName"),
-    printcolumn(
-        name = "Ready",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Ready\")].status"
-    ),
-    printcolumn(
-        name = "Reason",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
-    ),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+    printcolumn(name = "Namespace", type_ = "string", json_path = ".status.serverName")
 )]
 #[x_kube(
     validation = Rule::new(super::NAME_STAYS).message("the name on the server cannot be changed"),

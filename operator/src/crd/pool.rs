@@ -28,10 +28,7 @@ use super::{Condition, Resources};
     printcolumn(name = "Cluster", type_ = "string", json_path = ".spec.cluster"),
     printcolumn(name = "Desired", type_ = "integer", json_path = ".spec.replicas", description = "Bookies asked for"),
     printcolumn(name = "Bookies", type_ = "integer", json_path = ".status.ready", description = "Bookies that serve"),
-    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
-    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason"),
     printcolumn(name = "Zone", type_ = "string", json_path = ".spec.zone", priority = 1),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     validation = Rule::new("size(self.metadata.name) <= 40").message("a pool's name has at most 40 characters")
 )]
 #[serde(rename_all = "camelCase")]

@@ -43,18 +43,7 @@ pub enum StartAt {
     doc = "A subscription of a topic of a Geminga cluster, with its retry policy.",
     derive = "PartialEq",
     printcolumn(name = "Subscription", type_ = "string", json_path = ".status.serverName"),
-    printcolumn(name = "Type", type_ = "string", json_path = ".spec.type"),
-    printcolumn(
-        name = "Ready",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Ready\")].status"
-    ),
-    printcolumn(
-        name = "Reason",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
-    ),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+    printcolumn(name = "Type", type_ = "string", json_path = ".spec.type")
 )]
 #[x_kube(
     validation = Rule::new(super::NAME_STAYS).message("the name on the server cannot be changed"),

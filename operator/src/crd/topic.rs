@@ -18,18 +18,7 @@ use super::{ClusterRef, DeletionPolicy, PolicySpec, ResourceStatus};
     doc = "A topic of a Geminga cluster. One that exists is adopted; one that is removed behind this object's back is created again.",
     derive = "PartialEq",
     printcolumn(name = "Topic", type_ = "string", json_path = ".status.serverName"),
-    printcolumn(name = "Segments", type_ = "integer", json_path = ".spec.segments"),
-    printcolumn(
-        name = "Ready",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Ready\")].status"
-    ),
-    printcolumn(
-        name = "Reason",
-        type_ = "string",
-        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
-    ),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+    printcolumn(name = "Segments", type_ = "integer", json_path = ".spec.segments")
 )]
 #[x_kube(
     validation = Rule::new(super::NAME_STAYS).message("the name on the server cannot be changed"),

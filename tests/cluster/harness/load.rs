@@ -37,20 +37,40 @@ pub(crate) struct Load {
     acknowledged: Arc<AtomicU64>,
     delivered: Arc<AtomicU64>,
     history: Arc<Mutex<History>>,
+    pause: Arc<Mutex<Pause>>,
     producers: Vec<JoinHandle<()>>,
     consumer: JoinHandle<()>,
+}
+
+/// The longest time without a receipt.
+struct Pause {
+    last: Instant,
+    longest: Duration,
+}
+
+impl Pause {
+    fn receipt(&mut self) {
+        self.longest = self.longest.max(self.last.elapsed());
+        self.last = Instant::now();
+    }
 }
 
 impl Load {
     /// Creates the topic and its subscription, and begins; returns once every producer has a receipt.
     pub(crate) async fn start(cluster: &Cluster, topic: &str, segments: u32) -> Self {
-        let client = client(cluster).await;
+        Self::at(&cluster.servers(), topic, segments).await
+    }
+
+    /// As [`Self::start`], at these addresses.
+    pub(crate) async fn at(servers: &str, topic: &str, segments: u32) -> Self {
+        let client = client_of(servers).await;
         let name = geminga_client::topic_name(topic).expect("a name");
         retrying("create the topic", async || client.admin().create_topic(&name, segments).await)
             .await;
         let history = Arc::new(Mutex::new(History::default()));
         let (stop, acknowledged, delivered) =
             (Arc::new(AtomicBool::new(false)), Arc::default(), Arc::default());
+        let pause = Arc::new(Mutex::new(Pause { last: Instant::now(), longest: Duration::ZERO }));
         let consumer = consume(&client, topic, "judge", &history, &delivered).await;
         let mut producers = Vec::new();
         for producer in 0..PRODUCERS {
@@ -64,6 +84,7 @@ impl Load {
                 producer,
                 Arc::clone(&history),
                 Arc::clone(&acknowledged),
+                Arc::clone(&pause),
                 Arc::clone(&stop),
             );
             producers.push(tokio::spawn(work));
@@ -75,6 +96,7 @@ impl Load {
             acknowledged,
             delivered,
             history,
+            pause,
             producers,
             consumer,
         };
@@ -88,6 +110,20 @@ impl Load {
 
     pub(crate) fn acknowledged(&self) -> u64 {
         self.acknowledged.load(Ordering::SeqCst)
+    }
+
+    /// The longest time without a receipt since this was last asked.
+    #[allow(dead_code, reason = "the test on nodes asks")]
+    pub(crate) fn longest_pause(&self) -> Duration {
+        let mut pause = self.pause.lock().expect("no panic");
+        pause.receipt();
+        std::mem::take(&mut pause.longest)
+    }
+
+    /// Messages that were not acknowledged: what an application had to handle.
+    #[allow(dead_code, reason = "the test on nodes asks")]
+    pub(crate) fn failed(&self) -> usize {
+        self.history.lock().expect("no panic").not_acknowledged().len()
     }
 
     /// Waits until a good number of new receipts and deliveries have come: nothing is stuck.
@@ -114,6 +150,11 @@ impl Load {
     /// # Panics
     /// With what clients saw that may not be.
     pub(crate) async fn finish(self, cluster: &Cluster) -> usize {
+        self.finish_at(&cluster.servers()).await
+    }
+
+    /// As [`Self::finish`], at these addresses.
+    pub(crate) async fn finish_at(self, servers: &str) -> usize {
         self.stop.store(true, Ordering::SeqCst);
         for producer in self.producers {
             tokio::time::timeout(MESSAGE_TIMEOUT + PATIENCE, producer)
@@ -142,7 +183,7 @@ impl Load {
             deliveries: Vec::new(),
         }));
         let counter = Arc::new(AtomicU64::new(0));
-        let client = client(cluster).await; // the brokers may be others by now
+        let client = client_of(servers).await; // the brokers may be others by now
         let reader = consume(&client, &self.topic, "second-look", &again, &counter).await;
         eventually("a new subscription reads all of it", async || {
             (distinct(&again) >= expected).then_some(())
@@ -167,9 +208,14 @@ fn assert_sound(history: &History, when: &str) {
 }
 
 /// A client of all brokers.
+#[allow(dead_code, reason = "the measurements ask")]
 pub(crate) async fn client(cluster: &Cluster) -> Client {
+    client_of(&cluster.servers()).await
+}
+
+async fn client_of(servers: &str) -> Client {
     Client::builder()
-        .server(cluster.servers())
+        .server(servers)
         .wait_for_server(PATIENCE)
         .build()
         .await
@@ -225,6 +271,7 @@ async fn produce(
     producer: usize,
     history: Arc<Mutex<History>>,
     acknowledged: Arc<AtomicU64>,
+    pause: Arc<Mutex<Pause>>,
     stop: Arc<AtomicBool>,
 ) {
     let mut number = 0;
@@ -234,6 +281,7 @@ async fn produce(
     let record = |sent: Sent, outcome: Outcome| {
         if matches!(outcome, Outcome::Acknowledged(_)) {
             acknowledged.fetch_add(1, Ordering::SeqCst);
+            pause.lock().expect("no panic").receipt();
         }
         history.lock().expect("no panic").outcomes.insert(sent, outcome);
     };

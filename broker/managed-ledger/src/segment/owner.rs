@@ -98,6 +98,7 @@ pub(super) struct Owner {
     pub(super) fenced: Option<String>,
     /// The last handle is gone.
     abandoned: bool,
+    _serving: Serving,
 }
 
 /// What the loop should get done when nothing else runs.
@@ -121,7 +122,8 @@ pub(super) struct OpenLedger {
     pub(super) counts: Counts,
 }
 
-/// Says so when the owner's task ends in any way it was not meant to, a panic for one: whoever holds the segment loads it anew.
+/// Says so when the owner ends in any way it was not meant to, a panic or an abort before its task ever ran: whoever holds the
+/// segment loads it anew.
 struct Serving(Arc<Shared>);
 
 impl Drop for Serving {
@@ -145,6 +147,7 @@ impl Owner {
         ledgers.parts().metrics.segments.inc();
         let tier = Tier::new(shared.policy.subscribe(), loaded.dedup_next);
         Self {
+            _serving: Serving(Arc::clone(&shared)),
             ledgers,
             shared,
             current: loaded.current,
@@ -186,7 +189,6 @@ impl Owner {
 
     /// Serves until the segment is fenced or closed, or nobody holds it any more.
     pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
-        let _serving = Serving(Arc::clone(&self.shared));
         let token = self.ledgers.cancel();
         let mut stopped = pin!(token.cancelled());
         let mut standing_turns = pin!(self.standing_turns());

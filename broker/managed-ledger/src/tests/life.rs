@@ -187,3 +187,16 @@ async fn a_stopping_process_fences_its_segments_and_tells_everybody() {
     assert_eq!(pending.await, Err(PublishError::Fenced), "its outcome is unknown");
     until_fenced(&log).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_segment_whose_owner_is_aborted_before_it_ever_ran_is_not_called_served() {
+    let world = World::new().await;
+    let node = world.node();
+    let log = node.load().await;
+    node.kill();
+    let mut status = log.status();
+    let ended = status.wait_for(|status| *status != Status::Serving);
+    let ended = tokio::time::timeout(Duration::from_secs(10), ended).await;
+    let ended = ended.expect("it does not stay Serving").expect("somebody tells").clone();
+    assert!(matches!(ended, Status::Fenced(_)), "{ended:?}");
+}

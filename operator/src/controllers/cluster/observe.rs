@@ -1,6 +1,10 @@
 //! What there is of a cluster. Reads only.
 
-use k8s_openapi::api::{apps::v1::Deployment, core::v1::Service, policy::v1::PodDisruptionBudget};
+use k8s_openapi::api::{
+    apps::v1::Deployment,
+    core::v1::{Pod, Service},
+    policy::v1::PodDisruptionBudget,
+};
 use kube::ResourceExt;
 use serde_json::Value;
 
@@ -9,11 +13,12 @@ use crate::{
     controllers::{
         context::{Context, Error, Reached},
         marks::Marks,
+        pods,
         pool::plan::ServerSeen,
     },
     crd::{BookiePool, GemingaCluster},
     kubernetes::Namespace,
-    workloads::broker_name,
+    workloads::{broker_name, broker_selector},
 };
 
 pub(super) async fn observe(
@@ -35,6 +40,14 @@ pub(super) async fn observe(
     }
     if let Some(live) = kubernetes.live::<Service>(&brokers).await? {
         observed.objects.insert(format!("Service/{brokers}"), live);
+    }
+    if let Some(seen) = observed.brokers.as_mut().filter(|seen| seen.trouble.is_none()) {
+        let wanted = cluster.spec.brokers.replicas;
+        if seen.ready < wanted || seen.updated < wanted {
+            let pods = kubernetes.list::<Pod>(&broker_selector(&name)).await?;
+            let now = context.clock.now();
+            seen.trouble = pods.iter().find_map(|pod| pods::trouble(pod, now));
+        }
     }
     for component in ["broker", "bookie"] {
         let budget = format!("{name}-{component}");
@@ -77,7 +90,18 @@ fn brokers_seen(live: &Value) -> BrokersSeen {
         i32::try_from(found).unwrap_or(i32::MAX)
     };
     let image = live.pointer("/spec/template/spec/containers/0/image");
+    let conditions = live.pointer("/status/conditions").and_then(Value::as_array);
+    // A quota, or an admission rule, that refuses the pods themselves.
+    let refused = conditions
+        .into_iter()
+        .flatten()
+        .find(|condition| condition["type"] == "ReplicaFailure" && condition["status"] == "True");
+    let trouble = refused.map(|condition| {
+        let word = |key: &str| condition[key].as_str().unwrap_or_default();
+        format!("no pod can be made: {}: {}", word("reason"), word("message"))
+    });
     BrokersSeen {
+        trouble,
         image: image.and_then(Value::as_str).unwrap_or_default().to_owned(),
         replicas: number("/status/replicas"),
         ready: number("/status/readyReplicas"),

@@ -1,6 +1,7 @@
 //! What to do about a cluster: its brokers, its Services, its policies. Pure.
 //!
-//! An upgrade goes bottom up: as long as a bookie pool does not run the cluster's image throughout, the brokers keep theirs.
+//! An upgrade goes bottom up: as long as a bookie pool does not run the cluster's image throughout, the brokers keep theirs,
+//! unless none of them can run with it.
 //! Brokers need no gate of their own: their Deployment brings a new one up first, and an old one hands its topics over on
 //! SIGTERM.
 
@@ -53,6 +54,8 @@ pub struct BrokersSeen {
     pub updated: i32,
     /// Its controller has seen its present spec.
     pub settled: bool,
+    /// What keeps a pod from its work, or from being made, and may not pass by itself.
+    pub trouble: Option<String>,
 }
 
 /// A pool.
@@ -160,7 +163,7 @@ pub fn plan(
         actions.extend(policies(&wanted, &before.managed_policies, &observed.own_policies));
         status.managed_policies = wanted.into_keys().collect();
     }
-    let report = report(spec, observed, facts.map(drop), waits, applies);
+    let report = report(spec, observed, facts, waits, applies);
     Plan { actions, status, report }
 }
 
@@ -183,8 +186,7 @@ fn counted(
         ..before.clone()
     };
     if let Some(facts) = facts {
-        let registered = facts.bookies.iter().filter(|bookie| bookie.registered).count();
-        status.bookies = i32::try_from(registered).unwrap_or(i32::MAX);
+        status.bookies = registered(facts);
         status.under_replicated_ledgers = i64::try_from(facts.under_replicated).unwrap_or(i64::MAX);
         status.cluster_id = Some(facts.id.clone());
     }
@@ -197,6 +199,10 @@ fn image(spec: &GemingaClusterSpec, observed: &Observed) -> (String, Option<Stri
     else {
         return (spec.image.clone(), None);
     };
+    // Without a broker nobody can tell whether bookies may be replaced: a broken image of brokers is mended first.
+    if brokers.ready == 0 && brokers.trouble.is_some() {
+        return (spec.image.clone(), None);
+    }
     let behind = observed.pools.iter().find(|pool| pool.replicas > 0 && pool.image != spec.image);
     match behind {
         None => (spec.image.clone(), None),
@@ -219,13 +225,18 @@ fn policies(wanted: &PolicyValues, managed: &[String], own: &PolicyValues) -> Ve
 fn report(
     spec: &GemingaClusterSpec,
     observed: &Observed,
-    server: Result<(), &str>,
+    server: Result<&ClusterFacts, &str>,
     waits: Option<String>,
     applies: bool,
 ) -> StatusReport {
     let brokers = observed.brokers.clone().unwrap_or_default();
     let wanted = spec.brokers.replicas;
-    let serves = brokers.ready >= wanted && server.is_ok();
+    let too_few = server.map_or(None, |facts| too_few(spec, facts));
+    let serves = brokers.ready >= wanted && server.is_ok() && too_few.is_none();
+    let whole = brokers.ready >= wanted && brokers.updated >= wanted;
+    if let Some(trouble) = brokers.trouble.filter(|_| !whole) {
+        return StatusReport::working(serves, Reason::PodFailing, trouble);
+    }
     if let Some(why) = waits {
         return StatusReport::working(serves, Reason::WaitingForBookies, why);
     }
@@ -240,9 +251,21 @@ fn report(
         let why = format!("{} of {wanted} brokers are replaced", brokers.updated.min(wanted));
         return StatusReport::working(serves, Reason::Rolling, why);
     }
-    match server {
-        Ok(()) => StatusReport::ready(),
-        Err(_) if wanted == 0 => StatusReport::ready(),
-        Err(why) => StatusReport::unknown(Reason::ServerUnreachable, why),
+    match (server, too_few) {
+        (Ok(_), Some(why)) => StatusReport::working(false, Reason::Starting, why),
+        (Ok(_), None) => StatusReport::ready(),
+        (Err(_), _) if wanted == 0 => StatusReport::ready(),
+        (Err(why), _) => StatusReport::unknown(Reason::ServerUnreachable, why),
     }
+}
+
+/// Brokers alone store nothing: without as many bookies as a receipt needs the cluster does not serve.
+fn too_few(spec: &GemingaClusterSpec, facts: &ClusterFacts) -> Option<String> {
+    let (there, needed) = (registered(facts), spec.ledgers.ack_quorum);
+    (there < needed).then(|| format!("{there} bookies are registered, a receipt needs {needed}"))
+}
+
+fn registered(facts: &ClusterFacts) -> i32 {
+    let there = facts.bookies.iter().filter(|bookie| bookie.registered).count();
+    i32::try_from(there).unwrap_or(i32::MAX)
 }

@@ -28,6 +28,8 @@ impl View<'_> {
         self.take_back(facts, replicas.min(wanted), work);
         if replicas > wanted {
             replicas = self.drain_highest(facts, replicas, work);
+        } else {
+            self.drain_strays(facts, replicas, work);
         }
         self.delete_claims(facts, work);
         let known = |notes: &[DrainNote]| -> Vec<(String, bool)> {
@@ -77,19 +79,16 @@ impl View<'_> {
         });
     }
 
-    /// Drains of bookies that are wanted after all, and a wish that was left behind by an earlier bookie of the same name.
+    /// Drains of bookies that are wanted after all.
     fn take_back(&self, facts: &ClusterFacts, wanted: i32, work: &mut Work) {
         for ordinal in 0..wanted {
             let name = self.name(ordinal);
             let Some(found) = bookie(facts, &name) else { continue };
             let noted = work.notes.iter().position(|note| note.bookie == name && !note.proven);
-            let proven = found.drain.as_ref().is_some_and(|drain| drain.proven);
-            let left_behind =
-                proven && found.registered && !work.notes.iter().any(|n| n.bookie == name);
-            if (noted.is_some() && found.draining) || left_behind {
-                work.then.push(Action::CancelDrain(name));
-            } else if let Some(noted) = noted {
-                work.notes.remove(noted); // taken back, and seen to be
+            match noted {
+                Some(_) if found.draining => work.then.push(Action::CancelDrain(name)),
+                Some(noted) => drop(work.notes.remove(noted)), // taken back, and seen to be
+                None => {}
             }
         }
     }
@@ -101,33 +100,55 @@ impl View<'_> {
             // It never joined. Its pod may go; its volume stays, since nobody can vouch for what is on it.
             return current - 1;
         };
+        if self.drain(found, work) { current - 1 } else { current }
+    }
+
+    /// A bookie that has a cookie and no place any more: it joined while its pod was being taken away, or somebody took the
+    /// pod. Its ledgers are moved off it like those of any other, from the copies that others have.
+    fn drain_strays(&self, facts: &ClusterFacts, replicas: i32, work: &mut Work) {
+        let stray = |bookie: &&BookieFacts| {
+            ordinal(&self.set, &bookie.id).is_some_and(|ordinal| ordinal >= replicas)
+                && !bookie.registered
+                && self.pod(&bookie.id).is_none()
+        };
+        let highest = facts.bookies.iter().filter(stray).max_by_key(|b| ordinal(&self.set, &b.id));
+        if let Some(highest) = highest {
+            self.drain(highest, work);
+        }
+    }
+
+    /// One step of a drain; whether there is the proof.
+    fn drain(&self, found: &BookieFacts, work: &mut Work) -> bool {
+        let name = found.id.as_str();
         match &found.drain {
             Some(drain) if drain.proven => {
-                work.note(&name, 0, 0, "", true);
-                current - 1
+                work.note(name, 0, 0, "", true);
+                return true;
             }
             Some(drain) if !drain.blocked.is_empty() => {
-                work.note(&name, drain.bytes_left, drain.ledgers_left, &drain.blocked, false);
+                work.note(name, drain.bytes_left, drain.ledgers_left, &drain.blocked, false);
                 let why = format!("the drain of {name} does not go on: {}", drain.blocked);
                 work.working.push((Reason::DrainBlocked, why));
-                current
             }
             Some(drain) => {
-                work.note(&name, drain.bytes_left, drain.ledgers_left, "", false);
-                let why = format!(
-                    "{name} is drained: {} ledgers and {} bytes are left",
-                    drain.ledgers_left, drain.bytes_left
-                );
+                work.note(name, drain.bytes_left, drain.ledgers_left, "", false);
+                let why = match (drain.ledgers_left, drain.bytes_left) {
+                    (0, _) => format!(
+                        "{name} is drained: no ledger names it; a second look, a minute later, proves that"
+                    ),
+                    (ledgers, bytes) => {
+                        format!("{name} is drained: {ledgers} ledgers and {bytes} bytes are left")
+                    }
+                };
                 work.working.push((Reason::Draining, why));
-                current
             }
             None => {
-                work.note(&name, 0, 0, "", false);
-                work.then.push(Action::Drain(name.clone()));
+                work.note(name, 0, 0, "", false);
+                work.then.push(Action::Drain(name.to_owned()));
                 work.working.push((Reason::Draining, format!("{name} is to be drained")));
-                current
             }
         }
+        false
     }
 
     /// Volumes of bookies that went with a proof: once the pod is gone and the server knows them no more.

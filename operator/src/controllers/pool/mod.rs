@@ -15,7 +15,7 @@ use super::{
     marks::Marks,
 };
 use crate::{
-    crd::{BookiePool, BookiePoolStatus, ClusterKind, ClusterRef},
+    crd::{BookiePool, BookiePoolStatus, ClusterKind, ClusterRef, GemingaClusterSpec},
     kubernetes::Namespace,
     server::ServerError,
     workloads::Owner,
@@ -35,6 +35,21 @@ impl BookiePool {
         ClusterRef { kind: ClusterKind::GemingaCluster, name: self.spec.cluster.clone() }
     }
 
+    /// Reads only, then decides; with the spec of `cluster` in place of the stored one.
+    pub(super) async fn plan_in(
+        &self,
+        cluster: Option<&GemingaClusterSpec>,
+        marks: &Marks,
+        context: &Context,
+    ) -> Result<Planned<Action, BookiePoolStatus>, Error> {
+        let mut observed = observe::observe(self, marks, context).await?;
+        if let Some(cluster) = cluster {
+            observed.cluster = Some(cluster.clone());
+        }
+        let decided = plan(&self.owner(), &self.spec, marks, &self.before(), &observed);
+        Ok(Planned { actions: decided.actions, status: decided.status, report: decided.report })
+    }
+
     async fn drain(&self, bookie: &str, cancel: bool, context: &Context) -> Result<(), Error> {
         let namespace = self.namespace().unwrap_or_default();
         match context.reach(&namespace, &self.cluster_ref()).await? {
@@ -51,6 +66,11 @@ impl Controlled for BookiePool {
     type Status = BookiePoolStatus;
     type Action = Action;
 
+    // Whether a bookie may be replaced or drained depends on the other pools: each sees what the turn before it did.
+    fn alone(&self) -> Option<String> {
+        Some(format!("{}/{}", self.namespace().unwrap_or_default(), self.spec.cluster))
+    }
+
     fn before(&self) -> BookiePoolStatus {
         self.status.clone().unwrap_or_default()
     }
@@ -60,9 +80,12 @@ impl Controlled for BookiePool {
         marks: &Marks,
         context: &Context,
     ) -> Result<Planned<Action, BookiePoolStatus>, Error> {
-        let observed = observe::observe(self, marks, context).await?;
-        let decided = plan(&self.owner(), &self.spec, marks, &self.before(), &observed);
-        Ok(Planned { actions: decided.actions, status: decided.status, report: decided.report })
+        let planned = self.plan_in(None, marks, context).await?;
+        let drains = &planned.status.drains;
+        let left = (!drains.is_empty()).then(|| drains.iter().map(|drain| drain.bytes_left).sum());
+        let namespace = self.namespace().unwrap_or_default();
+        context.metrics.on_drain(&namespace, &self.name_any(), left);
+        Ok(planned)
     }
 
     async fn apply(

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use geminga_runtime::clock::Timestamp;
 use k8s_openapi::api::{
     apps::v1::StatefulSet,
     core::v1::{PersistentVolumeClaim, Pod, Service},
@@ -14,6 +15,7 @@ use crate::{
     controllers::{
         context::{Context, Error, Reached},
         marks::Marks,
+        pods,
     },
     crd::{BookiePool, GemingaCluster},
     kubernetes::Namespace,
@@ -36,7 +38,8 @@ pub(super) async fn observe(
         observed.objects.insert("StatefulSet".into(), live);
     }
     let pods = kubernetes.list::<Pod>(&pool_selector(cluster, &name)).await?;
-    observed.pods = pods.iter().map(pod_seen).collect();
+    let now = context.clock.now();
+    observed.pods = pods.iter().map(|pod| pod_seen(pod, now)).collect();
     if marks.paused || marks.deleting_since_ms.is_some() {
         return Ok(observed); // only counted
     }
@@ -54,7 +57,7 @@ pub(super) async fn observe(
         ordinal(&set, pod).is_some() && claim_name(pod) == claim.name_any()
     };
     observed.claims = claims.iter().filter(ours).map(claim_seen).collect();
-    observed.others = others(&kubernetes, cluster, &set).await?;
+    observed.others = others(&kubernetes, cluster, &set, now).await?;
     observed.server = match context.reach(&namespace, &pool.cluster_ref()).await? {
         Reached::Gone => ServerSeen::Silent("there is no such cluster".into()),
         Reached::Silent(why) => ServerSeen::Silent(why),
@@ -71,10 +74,11 @@ async fn others(
     kubernetes: &Namespace<'_>,
     cluster: &str,
     own: &str,
+    now: Timestamp,
 ) -> Result<Option<String>, Error> {
     let selector = bookie_selector(cluster);
-    let pods: Vec<PodSeen> =
-        kubernetes.list::<Pod>(&selector).await?.iter().map(pod_seen).collect();
+    let pods = kubernetes.list::<Pod>(&selector).await?;
+    let pods: Vec<PodSeen> = pods.iter().map(|pod| pod_seen(pod, now)).collect();
     for set in kubernetes.list::<StatefulSet>(&selector).await? {
         let name = set.name_any();
         if name == own {
@@ -102,7 +106,7 @@ fn set_seen(set: &Value) -> SetSeen {
     }
 }
 
-fn pod_seen(pod: &Pod) -> PodSeen {
+fn pod_seen(pod: &Pod, now: Timestamp) -> PodSeen {
     let status = pod.status.as_ref();
     let ready = status
         .and_then(|status| status.conditions.as_ref())
@@ -115,6 +119,8 @@ fn pod_seen(pod: &Pod) -> PodSeen {
         image: image.unwrap_or_default(),
         ready,
         terminating: pod.meta().deletion_timestamp.is_some(),
+        stopped: pods::stopped(pod),
+        trouble: pods::trouble(pod, now),
     }
 }
 
@@ -127,10 +133,20 @@ fn claim_seen(claim: &PersistentVolumeClaim) -> ClaimSeen {
             .map(|size: &k8s_openapi::apimachinery::pkg::api::resource::Quantity| size.0.clone())
             .unwrap_or_default()
     };
+    let conditions = claim.status.as_ref().and_then(|status| status.conditions.as_deref());
+    // Resizing, FileSystemResizePending, and what went wrong with them.
+    let growth =
+        conditions.unwrap_or_default().iter().rfind(|c| c.status == "True").map(|c| {
+            match c.message.as_deref().filter(|words| !words.is_empty()) {
+                Some(words) => format!("{}: {words}", c.type_),
+                None => c.type_.clone(),
+            }
+        });
     ClaimSeen {
         name: claim.name_any(),
         requested: storage(requests),
         capacity: storage(capacity),
+        growth,
         terminating: claim.meta().deletion_timestamp.is_some(),
     }
 }

@@ -8,7 +8,7 @@
 //!   asked for has no cookie any more. A server of another cluster proves nothing.
 //! - **A bookie is replaced only while every copy is whole** (U1): nothing is under-replicated or lost, every bookie of the
 //!   cluster is registered and none is in limbo, every pod of every pool is there and ready. A pod that is down anyway may
-//!   be replaced at once.
+//!   be replaced at once: one whose process does not run, as Kubernetes says, or that is not ready and holds no lease.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -72,6 +72,10 @@ pub struct PodSeen {
     pub ready: bool,
     /// It is being deleted.
     pub terminating: bool,
+    /// Kubernetes says that no process of it runs.
+    pub stopped: bool,
+    /// `pod NAME: REASON: words`, where something keeps it from its work that may not pass by itself.
+    pub trouble: Option<String>,
 }
 
 /// A volume claim.
@@ -84,6 +88,8 @@ pub struct ClaimSeen {
     pub requested: String,
     /// What it has; empty while it is not bound.
     pub capacity: String,
+    /// What Kubernetes says of its growth, if anything.
+    pub growth: Option<String>,
     /// It is being deleted.
     pub terminating: bool,
 }
@@ -247,6 +253,14 @@ pub fn plan(
     };
     status.drains.clone_from(&work.notes);
     let ready = status.ready >= spec.replicas && status.replicas >= spec.replicas;
+    view.troubles(replicas, &mut work);
+    if observed.set.is_some() && count(pods.len()) < replicas {
+        let missing = replicas - count(pods.len());
+        let set = &view.set;
+        work.missing = Some(format!(
+            "; {missing} pods are missing: kubectl describe statefulset {set} tells why"
+        ));
+    }
     let report = work.report(ready, &status, spec, facts);
     let mut actions = work.noted;
     actions.extend(work.first);
@@ -296,6 +310,8 @@ pub(super) struct Work {
     pub(super) working: Vec<(Reason, String)>,
     /// Somebody has to help.
     pub(super) stuck: Vec<(Reason, String)>,
+    /// The end of a sentence about pods that the StatefulSet did not make.
+    missing: Option<String>,
 }
 
 impl View<'_> {
@@ -310,6 +326,30 @@ impl View<'_> {
     pub(super) fn claim(&self, bookie: &str) -> Option<&ClaimSeen> {
         let name = claim_name(bookie);
         self.observed.claims.iter().find(|claim| claim.name == name)
+    }
+
+    /// A pod that fails is said before everything that waits for it.
+    fn troubles(&self, replicas: i32, work: &mut Work) {
+        let stays = |pod: &&PodSeen| {
+            let drained = work.notes.iter().any(|note| note.proven && note.bookie == pod.name);
+            !drained && ordinal(&self.set, &pod.name).is_some_and(|ordinal| ordinal < replicas)
+        };
+        let mut failing = self.observed.pods.iter().filter(stays);
+        let said = failing.find_map(|pod| {
+            let trouble = pod.trouble.clone()?;
+            let claim = self.claim(&pod.name).filter(|claim| claim.capacity.is_empty());
+            Some(match claim {
+                Some(claim) => format!("{trouble}; claim {} has no volume", claim.name),
+                None => trouble,
+            })
+        });
+        if let Some(said) = said {
+            let why = match work.working.first() {
+                Some((_, also)) => format!("{said}; {also}"),
+                None => said,
+            };
+            work.working.insert(0, (Reason::PodFailing, why));
+        }
     }
 
     /// What the cluster says, if it is the one that the pool joined.
@@ -373,7 +413,8 @@ impl Work {
             return StatusReport::working(ready, *reason, why.as_str());
         }
         if !ready {
-            let why = format!("{} of {} bookies are ready", status.ready, spec.replicas);
+            let missing = self.missing.as_deref().unwrap_or_default();
+            let why = format!("{} of {} bookies are ready{missing}", status.ready, spec.replicas);
             return StatusReport::working(false, Reason::Starting, why);
         }
         match facts {

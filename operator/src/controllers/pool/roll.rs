@@ -25,8 +25,8 @@ impl View<'_> {
             return;
         }
         // What is down loses nothing by being replaced, and may be down because of its old template.
-        let down =
-            pods.iter().rev().filter(outdated).find(|(_, pod)| !pod.ready && !self.serves(pod));
+        let is_down = |pod: &PodSeen| !pod.ready && (pod.stopped || !self.serves(pod));
+        let down = pods.iter().rev().filter(outdated).find(|(_, pod)| is_down(pod));
         let next = match (down, self.gate(&pods, replicas)) {
             (Some((_, pod)), _) => pod,
             (None, Some(why)) => {

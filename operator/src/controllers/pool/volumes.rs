@@ -36,7 +36,7 @@ impl View<'_> {
     }
 
     fn volume(&self, claim: &ClaimSeen, wanted: u128, work: &mut Work) {
-        let ClaimSeen { name, requested, capacity, .. } = claim;
+        let ClaimSeen { name, requested, capacity, growth, .. } = claim;
         let size = &self.spec.storage.size;
         match quantity::bytes(requested) {
             Some(requests) if requests > wanted => {
@@ -51,7 +51,10 @@ impl View<'_> {
                     .push((Reason::GrowingVolumes, format!("claim {name} grows to {size}")));
             }
             _ if quantity::bytes(capacity).is_some_and(|has| has < wanted) => {
-                let why = format!("claim {name} has {capacity} of {size}");
+                let mut why = format!("claim {name} has {capacity} of {size}");
+                if let Some(growth) = growth {
+                    why += &format!(", {growth}");
+                }
                 work.working.push((Reason::GrowingVolumes, why));
             }
             _ => {}

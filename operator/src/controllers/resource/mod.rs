@@ -122,6 +122,7 @@ macro_rules! controlled {
         impl Controlled for $kind {
             type Status = ResourceStatus;
             type Action = Action;
+            const WAITS: bool = true;
 
             fn before(&self) -> ResourceStatus {
                 Described::status(self)
