@@ -30,7 +30,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    harness::{Etcd, Process, eventually, eventually_ok, free_port, geminga},
+    harness::{Etcd, Process, eventually, eventually_ok, free_port, geminga, tool},
     helm::{OPERATOR, documents, rendered},
 };
 
@@ -50,18 +50,6 @@ pub(crate) struct Kubernetes {
     directory: TempDir,
     _apiserver: Process,
     _etcd: Etcd,
-}
-
-/// Where the binary is; built once by the script.
-fn binary() -> &'static str {
-    static BINARY: OnceLock<String> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/kube-apiserver");
-        let output = Command::new(script).output().expect("scripts/kube-apiserver runs");
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "scripts/kube-apiserver gives none:\n{error}");
-        String::from_utf8_lossy(&output.stdout).trim().to_owned()
-    })
 }
 
 /// A CA, a serving certificate and the key of service accounts.
@@ -113,7 +101,7 @@ impl Kubernetes {
         let file = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
         fs::write(directory.path().join("tokens.csv"), "admin-token,admin,1,system:masters\n")
             .expect("written");
-        let mut command = Command::new(binary());
+        let mut command = Command::new(tool("kube-apiserver"));
         command
             .arg(format!("--etcd-servers={}", etcd.endpoints()))
             .args(["--bind-address=127.0.0.1", "--advertise-address=127.0.0.1"])

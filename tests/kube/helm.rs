@@ -3,28 +3,15 @@
 use std::{
     path::Path,
     process::{Command, Stdio},
-    sync::OnceLock,
 };
 
 use serde_json::Value;
 
-use crate::apiserver::NAMESPACE;
+use crate::{apiserver::NAMESPACE, harness::tool};
 
 /// The two charts.
 pub(crate) const CLUSTER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/charts/geminga-cluster");
 pub(crate) const OPERATOR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/charts/geminga-operator");
-
-/// Where the binary is; built once by the script.
-fn binary() -> &'static str {
-    static BINARY: OnceLock<String> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/helm");
-        let output = Command::new(script).output().expect("scripts/helm runs");
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "scripts/helm gives none:\n{error}");
-        String::from_utf8_lossy(&output.stdout).trim().to_owned()
-    })
-}
 
 /// What it wrote.
 #[derive(Debug)]
@@ -39,7 +26,7 @@ pub(crate) struct Said {
 /// What it wrote to standard error, when it fails.
 pub(crate) fn helm(kubeconfig: Option<&Path>, args: &[&str]) -> Result<Said, String> {
     let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("helm");
-    let output = Command::new(binary())
+    let output = Command::new(tool("helm"))
         .args(args)
         .env("KUBECONFIG", kubeconfig.unwrap_or(Path::new("/dev/null")))
         .env("HELM_NAMESPACE", NAMESPACE)

@@ -4,10 +4,12 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use serde_json::Value;
+
+use crate::harness::within;
 
 /// How long a step may take before the test fails loudly. Two drains with proof take some four minutes.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -190,18 +192,10 @@ pub(crate) fn executable(folder: &Path) -> PathBuf {
     stripped
 }
 
-/// Waits until `condition` gives something; until then it says what is missing.
+/// Waits until `condition` gives something; until then it says what is missing. A look is a process or more: few of them.
 ///
 /// # Panics
 /// When it does not in time.
-pub(crate) async fn until<T>(mut condition: impl AsyncFnMut() -> Result<T, String>) -> T {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let missing = match condition().await {
-            Ok(found) => return found,
-            Err(missing) => missing,
-        };
-        assert!(Instant::now() < end, "not within {PATIENCE:?}: {missing}");
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
+pub(crate) async fn until<T>(condition: impl AsyncFnMut() -> Result<T, String>) -> T {
+    within(PATIENCE, Duration::from_millis(500), condition).await
 }

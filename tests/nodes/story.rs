@@ -10,7 +10,7 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    harness::{Etcd, Load},
+    harness::{Etcd, Load, tool},
     kubernetes::{Kubernetes, NODES, executable, run, until},
     release::{
         BOOKIES, BROKERS, CLUSTER, IMAGE, NAMESPACE, NEXT_IMAGE, OPERATOR, Step, commands, pool,
@@ -33,7 +33,7 @@ async fn a_release_lives_through_everything_and_loses_nothing() {
     kubernetes.load(IMAGE, &geminga);
     kubernetes.load(NEXT_IMAGE, &geminga);
     kubernetes.load(&etcd_image(), Path::new(Etcd::binary()));
-    kubernetes.load(S3_IMAGE, Path::new(&versitygw()));
+    kubernetes.load(S3_IMAGE, Path::new(tool("versitygw")));
     step.end("");
 
     the_readme(&kubernetes).await;
@@ -430,12 +430,6 @@ fn etcd_image() -> String {
     let image = &values["etcd"]["bundled"]["image"];
     let part = |name: &str| image[name].as_str().expect("text").to_owned();
     format!("{}:{}", part("repository"), part("tag"))
-}
-
-fn versitygw() -> String {
-    run(&mut Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/versitygw")))
-        .trim()
-        .to_owned()
 }
 
 /// An S3 server with one bucket, and a Secret with what brokers need to reach it.

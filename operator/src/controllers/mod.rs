@@ -5,7 +5,7 @@ mod connection;
 pub mod context;
 mod cycle;
 pub mod marks;
-mod pods;
+pub mod pods;
 mod policies;
 pub mod pool;
 pub mod preview;

@@ -16,6 +16,13 @@ const RESTARTS_MIN: i32 = 3;
 /// Longest part of a message that others wrote, characters.
 const WORDS_MAX: usize = 300;
 
+/// Whether Kubernetes counts it as ready.
+#[must_use]
+pub fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_deref());
+    conditions.unwrap_or_default().iter().any(|c| c.type_ == "Ready" && c.status == "True")
+}
+
 /// `pod NAME: REASON: words`; none: nothing that would not pass by itself.
 pub(super) fn trouble(pod: &Pod, now: Timestamp) -> Option<String> {
     Some(format!("pod {}: {}", pod.name_any(), why(pod, now)?))

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use geminga_operator::{
+    controllers::pods::is_ready,
     metrics::Metrics,
     server::{Clients, Server, ServerError, Servers},
     workloads::{CLIENT_PORT, CLUSTER_LABEL, COMPONENT_LABEL},
@@ -90,7 +91,8 @@ impl Forward {
         let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
         let selector = format!("{COMPONENT_LABEL}=broker,{CLUSTER_LABEL}={cluster}");
         let found = all(&pods, &selector).await.map_err(|error| words(&error))?;
-        let pod = found.iter().find(|pod| is_ready(pod)).map(ResourceExt::name_any);
+        let serves = |pod: &&Pod| is_ready(pod) && pod.metadata.deletion_timestamp.is_none();
+        let pod = found.iter().find(serves).map(ResourceExt::name_any);
         let pod = pod.ok_or_else(|| format!("no broker of {cluster} is ready"))?;
         // A refusal is told now, not as a connection that breaks.
         let tried = pods.portforward(&pod, &[CLIENT_PORT]).await;
@@ -121,12 +123,4 @@ async fn carry(pods: Api<Pod>, pod: String, mut local: TcpStream) {
         let _ = copy_bidirectional(&mut local, &mut remote).await;
     }
     forwarder.abort();
-}
-
-fn is_ready(pod: &Pod) -> bool {
-    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
-    let ready = conditions.is_some_and(|all| {
-        all.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
-    });
-    ready && pod.metadata.deletion_timestamp.is_none()
 }

@@ -1,10 +1,10 @@
 //! A real etcd, of one or three members.
 
-use std::{path::Path, process::Command, sync::OnceLock, time::Duration};
+use std::{path::Path, process::Command, time::Duration};
 
 use serde_json::Value;
 
-use super::{Process, eventually, ports};
+use super::{Process, eventually, ports, tool};
 
 #[derive(Debug)]
 struct Member {
@@ -22,16 +22,9 @@ pub(crate) struct Etcd {
 }
 
 impl Etcd {
-    /// Where the etcd binary is; built once by the script.
+    /// Where the etcd binary is.
     pub(crate) fn binary() -> &'static str {
-        static BINARY: OnceLock<String> = OnceLock::new();
-        BINARY.get_or_init(|| {
-            let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/etcd");
-            let output = Command::new(script).output().expect("scripts/etcd runs");
-            let error = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "scripts/etcd gives no etcd:\n{error}");
-            String::from_utf8_lossy(&output.stdout).trim().to_owned()
-        })
+        tool("etcd")
     }
 
     pub(crate) async fn start(directory: &Path, count: usize) -> Self {

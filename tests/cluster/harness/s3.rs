@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf, process::Command};
 use futures::TryStreamExt;
 use object_store::{ObjectStore, ObjectStoreExt, aws::AmazonS3Builder};
 
-use super::{Process, eventually, free_port};
+use super::{Process, eventually, free_port, tool};
 
 /// A real S3 server over a directory, with one bucket: `geminga`.
 pub(crate) struct S3 {
@@ -28,10 +28,7 @@ impl S3 {
     }
 
     fn spawn(directory: &std::path::Path, port: u16) -> Process {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/versitygw");
-        let output = Command::new(script).output().expect("scripts/versitygw runs");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let mut command = Command::new(String::from_utf8_lossy(&output.stdout).trim());
+        let mut command = Command::new(tool("versitygw"));
         command
             .env("ROOT_ACCESS_KEY", ACCESS_KEY)
             .env("ROOT_SECRET_KEY", SECRET_KEY)

@@ -107,17 +107,13 @@ fn set_seen(set: &Value) -> SetSeen {
 }
 
 fn pod_seen(pod: &Pod, now: Timestamp) -> PodSeen {
-    let status = pod.status.as_ref();
-    let ready = status
-        .and_then(|status| status.conditions.as_ref())
-        .is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"));
     let image = pod.spec.as_ref().and_then(|spec| spec.containers.first()?.image.clone());
     PodSeen {
         name: pod.name_any(),
         uid: pod.uid().unwrap_or_default(),
         template: pod.annotations().get(TEMPLATE).cloned().unwrap_or_default(),
         image: image.unwrap_or_default(),
-        ready,
+        ready: pods::is_ready(pod),
         terminating: pod.meta().deletion_timestamp.is_some(),
         stopped: pods::stopped(pod),
         trouble: pods::trouble(pod, now),

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use geminga_operator::{
+    controllers::pods::is_ready,
     crd::{
         BookiePool, ClusterKind, Condition, ConditionStatus, ConditionType, DrainNote,
         GemingaCluster, GemingaConnection, Reason, Subscription, Tenant, Topic, TopicNamespace,
@@ -335,10 +336,10 @@ fn image(pod: &Pod) -> Option<String> {
 /// Why a pod does not serve: what its containers wait for or ended of, else what its conditions say.
 fn pod_trouble(pod: &Pod) -> Option<PodTrouble> {
     let status = pod.status.as_ref()?;
-    let conditions = status.conditions.as_deref().unwrap_or_default();
-    if conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True") {
+    if is_ready(pod) {
         return None;
     }
+    let conditions = status.conditions.as_deref().unwrap_or_default();
     let containers = status.container_statuses.iter().flatten();
     let waits = containers.clone().find_map(|one| {
         let waiting = one.state.as_ref()?.waiting.as_ref()?;
